@@ -146,7 +146,7 @@ def export(
     out: str | Path,
     *,
     format: Literal["peft", "seq-cls", "gguf", "ollama"],
-    type: str = "f16",
+    type: str | Sequence[str] = "f16",
     lora: bool = False,
     model: str | None = None,
     overwrite: bool = False,
@@ -157,12 +157,14 @@ def export(
     Args:
         format: peft: an adapter for PEFT; seq-cls: a reward model for transformers; gguf: one file for llama.cpp;
             ollama: a folder with such a file and a Modelfile.
-        type: of the matrices, for gguf and ollama: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0 and others.
+        type: of the matrices, for gguf and ollama: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0 and others. With
+            several, which gguf takes, NAME.gguf stands for NAME-TYPE.gguf of each.
         lora: for gguf, the adapter alone.
         model: the base, where the adapter does not say or it has moved.
         options: for gguf and ollama, as the options of `mlxft export`: imatrix, measure, probe.
     Returns:
-        What there is to say of it, a sentence each.
+        What there is to say of it, a sentence each. For gguf and ollama, the list's attribute `figures` holds the files
+        and what was measured, as `mlxft export --json` prints them.
     """
     source, to = Path(_path(run)), Path(out)
     common: dict[str, Any] = {"model": model, "overwrite": overwrite}
@@ -397,7 +399,7 @@ def save_adapter(model: Loaded, folder: str | Path, *, overwrite: bool = False) 
     from mlx.utils import tree_flatten
 
     from mlxft.files import flush, save_arrays, text_writer
-    from mlxft.model.adapters import adapter_texts, attached_spec, trainable_weights
+    from mlxft.model.adapters import adapter_arrays, adapter_texts, attached_spec, trained_weights
     from mlxft.model.folder import check_destination, replace_folder
     from mlxft.model.heads import adapter_metadata, head_of
     from mlxft.model.layers import LEAVES, LowRank
@@ -409,13 +411,14 @@ def save_adapter(model: Loaded, folder: str | Path, *, overwrite: bool = False) 
     out = Path(folder)
     check_destination(out, overwrite, "adapter")
     leaves = {f"{path}.{leaf}" for path in layers for leaf in LEAVES}
-    weights = {n: v for n, v in tree_flatten(model.model.parameters()) if n in leaves} | trainable_weights(model.model)
+    weights = {n: v for n, v in tree_flatten(model.model.parameters()) if n in leaves} | trained_weights(model.model)
     base = {"model": full_path(model.source), "fingerprint": model.fingerprint, **model.options}
     about = {"base": base, "versions": versions()}
     with replace_folder(out, "adapter") as part:
         for name, text in adapter_texts(model, attached_spec(layers), about).items():
             (part / name).parent.mkdir(exist_ok=True)
             text_writer(text)(part / name)
-        save_arrays(part / "adapters.safetensors", weights, adapter_metadata(None))
-        flush(part / "adapters.safetensors")
+        for name, arrays in adapter_arrays(weights).items():
+            save_arrays(part / name, arrays, adapter_metadata(None))
+            flush(part / name)
     return out

@@ -90,7 +90,7 @@ def make_objective(config: Config, tokenizer: Any) -> Objective:
     """
     if config.data.date is not None:
         set_day(tokenizer, config.data.date)
-    config = with_format(config) if config.data.format == "auto" else config
+    config = with_format(config) if "auto" in config.data.formats.values() else config
     objective: Objective = objective_class(config.objective)(config, tokenizer)
     if config.batch.pack and not objective.summary().packed:
         raise ConfigError(f"batch.pack: objective {config.objective} does not pack rows; leave it out")
@@ -127,7 +127,8 @@ def learning_notes(config: Config, objective: Objective, total: int) -> list[str
     if found:
         sizes = " and ".join(f"{name} {value}" for name, value in found.items())
         notes.append(f"sizes by the rows: {sizes}, which make {total:,} steps")
-    least = objective.least_steps
+    # A step of Adam is as long as the rate: at five times the usual one, a fifth of the steps goes as far.
+    least = math.ceil(objective.least_steps / min(10.0, max(1.0, _times_usual(config))))
     if total < least / 2:
         epochs = math.ceil(least / total * (sized.run.epochs or 1))
         way = f"run.steps={least}" if run.steps is not None else f"run.epochs={epochs}"
@@ -141,12 +142,18 @@ def learning_notes(config: Config, objective: Objective, total: int) -> list[str
 def rate_notes(config: Config) -> list[str]:
     """Return whether the rate is far from that of the objective and method, where rates mean what adamw's do."""
     lr, usual = config.optim.lr, default_lr(config.objective, config.tune.method)
-    if config.optim.name not in ("adamw", "adam", "muon") or usual / TOO_LOW < lr < TOO_HIGH * usual:
+    if 1 / TOO_LOW < _times_usual(config) < TOO_HIGH:
         return []
     kind = "full fine-tuning" if config.tune.method == "full" else config.tune.method
     far = f"{lr / usual:.0f} times" if lr > usual else f"1/{usual / lr:.0f} of"
     way = f"set optim.lr={usual:g}, or measure one with mlxft lr-find"
     return [f"optim.lr {lr:g} is {far} the usual rate of {config.objective} by {kind}: {way}"]
+
+
+def _times_usual(config: Config) -> float:
+    """Return how many times the usual rate a recipe has; 1 of an optimizer whose rates mean another thing."""
+    comparable = config.optim.name in ("adamw", "adam", "muon")
+    return config.optim.lr / default_lr(config.objective, config.tune.method) if comparable else 1.0
 
 
 def prepare(config: Config, loaded: Loaded) -> LoRASpec | None:
@@ -444,9 +451,7 @@ def settled(config: Config, resume: bool) -> Config:
             config = _with(config, "batch", tokens=stored.batch.tokens, rows=stored.batch.rows)
         if config.run.steps is None and config.run.epochs is None:
             config = _with(config, "run", steps=stored.run.steps, epochs=stored.run.epochs)
-        now, then = config.data, stored.data
-        if now.format in ("auto", then.format) and now.fields.items() <= then.fields.items():
-            config = _with(config, "data", format=then.format, fields=then.fields)
+        config = config.model_copy(update={"data": config.data.as_begun(stored.data)})
     config = with_format(config)
     if config.data.date is None:
         config = _with(config, "data", date=(stored and stored.data.date) or date.today())

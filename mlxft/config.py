@@ -196,7 +196,8 @@ def seconds(text: Any) -> float:
 # Every setting, declared once: its type, default, bounds and help.
 
 S = TypeVar("S", bound=Settings)
-TEXTS = {"environment": "path"}  # a section that a plain text may stand for -> the setting that the text is
+# A section that a plain text may stand for -> the setting that the text is.
+TEXTS = {"environment": "path", "valid": "path"}
 # name -> module of mlxft.objectives, and the class in it
 OBJECTIVES = {
     "distill": "distill:Distill",
@@ -331,10 +332,37 @@ CHATS = ("messages", "sharegpt", "alpaca")  # formats that need a chat template
 Paths: TypeAlias = str | list[str]  # of rows: a file, pattern, folder or hub data set, or several
 
 
+RowFormat: TypeAlias = Literal[
+    "auto",
+    "messages",
+    "prompt-completion",
+    "text",
+    "sharegpt",
+    "alpaca",
+    "preference",
+    "ratings",
+    "unpaired",
+    "prompts",
+]
+
+
 class SourceSettings(Settings):
-    """A source of training rows beside data.train."""
+    """Rows beside those of data.train, which may be read in another way."""
 
     path: Paths = Field(description="Files, folder or hub data set, as data.train names them.")
+    format: RowFormat | None = Field(
+        None,
+        description="Format of these rows (default: that of data.train; where data.format is auto and the rows do not "
+        "fit what it finds, they are recognised by themselves).",
+    )
+    fields: dict[str, str] | None = Field(
+        None, description="As data.fields, for these rows (default: data.fields, if the format is the same)."
+    )
+
+
+class MixedSettings(SourceSettings):
+    """A source of training rows beside data.train."""
+
     weight: float = Field(
         1.0,
         gt=0,
@@ -352,28 +380,19 @@ class DataSettings(Settings):
         "ChatGPT or Claude), a pattern such as rows/*.csv, a folder, hf:org/name[:config][:split], or a list of these. "
         "file.xlsx:Sheet2 names a sheet."
     )
-    valid: str | float | None = Field(
+    valid: Paths | float | SourceSettings | None = Field(
         None,
-        description="Validation rows, given like train, or a share of the training rows to split off, e.g. 0.05; in a "
-        "folder of data.train a validation file is found by its name.",
+        description="Validation rows, given like train, or a share of the training rows to split off, e.g. 0.05; a "
+        "validation file in a folder of data.train, or a sheet in its workbook, is found by its name. {path: ..., "
+        "format: ..., fields: ...} reads them in another way than the training rows.",
     )
-    mix: dict[str, SourceSettings] = Field(
+    mix: dict[str, MixedSettings] = Field(
         default_factory=dict,
-        description="Further sources of training rows, in the same format: a name for each, mapped to its path and "
-        "weight, e.g. {general: {path: general.jsonl, weight: 0.1}}. An epoch has each row of data.train once.",
+        description="Further sources of training rows: a name for each, mapped to its path and weight, and to its "
+        "format and fields where they differ, e.g. {general: {path: general.jsonl, weight: 0.1}, faq: {path: faq.csv, "
+        "fields: {prompt: Frage, completion: Antwort}}}. An epoch has each row of data.train once.",
     )
-    format: Literal[
-        "auto",
-        "messages",
-        "prompt-completion",
-        "text",
-        "sharegpt",
-        "alpaca",
-        "preference",
-        "ratings",
-        "unpaired",
-        "prompts",
-    ] = Field(
+    format: RowFormat = Field(
         "auto",
         description="Format of the rows. auto takes the one that they fit, of those that the objective takes, and maps "
         "columns with usual names; where none or several fit, the error shows the settings to write.",
@@ -419,9 +438,46 @@ class DataSettings(Settings):
     )
 
     @property
-    def sources(self) -> dict[str, SourceSettings]:
+    def sources(self) -> dict[str, MixedSettings]:
         """Return all sources of training rows by name, data.train as train."""
-        return {"train": SourceSettings(path=self.train), **self.mix}
+        return {"train": MixedSettings(path=self.train), **self.mix}
+
+    @property
+    def held_out(self) -> SourceSettings | None:
+        """Return the source of data.valid; None if it names none, or is a share."""
+        if self.valid is None or isinstance(self.valid, float):
+            return None
+        return self.valid if isinstance(self.valid, SourceSettings) else SourceSettings(path=self.valid)
+
+    @property
+    def formats(self) -> Mapping[str, str]:
+        """Return the format of each source by its setting, such as data.mix.faq; auto where it is to be recognised."""
+        others: dict[str, SourceSettings] = {f"data.mix.{name}": source for name, source in self.mix.items()}
+        others |= {"data.valid": source} if (source := self.held_out) else {}
+        return {"data": self.format} | {name: source.format or self.format for name, source in others.items()}
+
+    def of(self, source: SourceSettings) -> DataSettings:
+        """Return the settings by which the rows of a source are read."""
+        format = source.format or self.format
+        inherited = self.fields if format == self.format else {}
+        fields = inherited if source.fields is None else source.fields
+        return self.model_copy(update={"format": format, "fields": fields})
+
+    def as_begun(self, then: DataSettings) -> DataSettings:
+        """Return the settings with how the rows were read when a run began, where these leave it open."""
+        update: dict[str, Any] = {}
+        if self.format in ("auto", then.format) and self.fields.items() <= then.fields.items():
+            update = {"format": then.format, "fields": then.fields}
+        update["mix"] = dict(self.mix)
+        for name, source in self.mix.items():
+            of = then.mix.get(name, source)
+            given = (source.fields or {}).items() <= (of.fields or {}).items()
+            if given and source.format in (None, "auto", of.format):
+                update["mix"][name] = source.model_copy(update={"format": of.format, "fields": of.fields})
+        own = self.train if self.valid is None else self.valid
+        if isinstance(then.valid, SourceSettings) and then.valid.path == own:
+            update["valid"] = then.valid
+        return self.model_copy(update=update)
 
     # How the rows were recognised, where the recipe left it open.
     _notes: tuple[str, ...] = PrivateAttr(())
@@ -433,6 +489,15 @@ class DataSettings(Settings):
             raise ValueError(f"invalid is called bad_rows: write data.bad_rows: {raw['invalid']}")
         return raw
 
+    @field_validator("valid", mode="before")
+    @classmethod
+    def _section_or_path(cls, raw: Any) -> Any:
+        """Say what is wrong with a section, and not that it is neither a path nor a share either."""
+        try:
+            return SourceSettings.model_validate(raw) if isinstance(raw, Mapping) else raw
+        except ValidationError as e:
+            raise ValueError("; ".join(explain(e, SourceSettings))) from None
+
     @model_validator(mode="after")
     def _consistent(self) -> DataSettings:
         if "train" in self.mix:
@@ -443,31 +508,31 @@ class DataSettings(Settings):
             raise ValueError(f"valid as a share must be between 0 and 1, seen {self.valid:g}")
         if self.label is not None and self.shots is None:
             raise ValueError(f"label ({self.label}) needs shots; give shots too, or leave it out")
-        if self.format != "auto":
-            self._check_format()
+        self._check_formats()
         return self
 
-    def _check_format(self) -> None:
-        """Raise ValueError for settings that the format does not have."""
-        if self.format == "text" and self.train_on not in (None, "all"):
+    def _check_formats(self) -> None:
+        """Raise ValueError for settings that the formats do not have, as far as these are known."""
+        formats = [name for name in dict.fromkeys(self.formats.values()) if name != "auto"]
+        if formats == ["text"] and self.train_on not in (None, "all"):
             raise ValueError(f"train_on: {self.train_on} does not work with format text, which trains every token")
-        if self.overflow == "split" and self.format != "text":
+        if self.overflow == "split" and (others := [name for name in formats if name != "text"]):
             raise ValueError(
-                f"overflow: split works only with format text, not {self.format}; use error, drop or truncate"
+                f"overflow: split works only with format text, not {others[0]}; use error, drop or truncate"
             )
-        if self.template == "none" and self.format in CHATS:
-            raise ValueError(f"template: none does not work with format {self.format}, which needs the chat template")
+        if self.template == "none" and (chats := [name for name in formats if name in CHATS]):
+            raise ValueError(f"template: none does not work with format {chats[0]}, which needs the chat template")
 
-    def recognised(self, format: Any, fields: dict[str, str], notes: Sequence[str]) -> DataSettings:
-        """Return the settings with the format of the rows, and the names of its fields.
+    def recognised(self, notes: Sequence[str], **update: Any) -> DataSettings:
+        """Return the settings with how the rows are read: `format`, `fields`, and the sources of mix and valid.
 
         Raises:
-            ConfigError: other settings do not work with this format.
+            ConfigError: other settings do not work with these formats.
         """
-        found = self.model_copy(update={"format": format, "fields": fields})
-        found._notes = tuple(notes)
+        found = self.model_copy(update=update)
+        found._notes = (*self._notes, *notes)
         try:
-            found._check_format()
+            found._check_formats()
         except ValueError as e:
             raise ConfigError(f"data.{e}") from None
         return found
@@ -1332,7 +1397,7 @@ def put(raw: dict[str, Any], key: str, value: Any, chosen: set[str], origin: str
     at = raw
     for name in sections:
         below = at.setdefault(name, {})
-        if isinstance(below, str) and name in TEXTS:
+        if isinstance(below, str | list) and name in TEXTS:
             below = at[name] = {TEXTS[name]: below}
         if below is None:
             below = at[name] = {}
@@ -1380,7 +1445,7 @@ def parse_config(raw: Any, origin: str = "config", name: str | None = None, open
     template = config.model.chat_template
     model["chat_template"] = None if template is None else Path(full_path(template))
     data = {k: full_source(v) for k, v in (("train", config.data.train), ("valid", config.data.valid))}
-    data["mix"] = {k: v.model_copy(update={"path": full_source(v.path)}) for k, v in config.data.mix.items()}
+    data["mix"] = {name: full_source(source) for name, source in config.data.mix.items()}
     return config.model_copy(
         update={
             "run": config.run.model_copy(update=run),
@@ -1456,6 +1521,8 @@ def full_source(value: Any) -> Any:
     """Return the full path of rows: of files and folders, each in a list, patterns, and parts such as a sheet."""
     if isinstance(value, list):
         return [full_source(each) for each in value]
+    if isinstance(value, SourceSettings):
+        return value.model_copy(update={"path": full_source(value.path)})
     if not isinstance(value, str) or value.startswith(("hf:", "python:")):
         return value
     path, _, part = value.rpartition(":")
@@ -1467,15 +1534,16 @@ def full_source(value: Any) -> Any:
 
 def _check_paths(config: Config, origin: str) -> None:
     """Raise a ConfigError for a path that is longer than any file system allows."""
-    named = {"model": "path adapter chat_template", "data": "train valid", "run": "dir", "rewards": "adapter function"}
+    named = {"model": "path adapter chat_template", "data": "train", "run": "dir", "rewards": "adapter function"}
     named["distill"] = "teacher cache"
-    named |= TEXTS
+    named["environment"] = "path"
     paths: dict[str, Any] = {
         f"{section}.{name}": getattr(getattr(config, section, None), name, None)
         for section, names in named.items()
         for name in names.split()
     }
     paths |= {f"data.mix.{name}.path": source.path for name, source in config.data.mix.items()}
+    paths |= {"data.valid": source.path} if (source := config.data.held_out) else {}
     wrong = [
         f"{origin}: {name}: the path is too long (at most {_LONGEST} bytes, 255 per name): {shorten(str(path))}"
         for name, given in paths.items()

@@ -108,7 +108,7 @@ HOLDER = ".mlxft.pid"
 _ANYWHERE = (HOLDER, ".tmp-mlxft-*", ".DS_Store")
 _LITTER = (*_ANYWHERE, ".*.partial-*", ".*.old-*", "__pycache__")
 _TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
-_ADAPTER = ("adapter_config.json", "adapters.safetensors", "head.safetensors", *_TEMPLATES)
+_ADAPTER = ("adapter_config.json", "adapters.safetensors", "inputs.safetensors", "head.safetensors", *_TEMPLATES)
 CHECKPOINT = ("digests.json", "state.json", "weights.safetensors", "optimizer.safetensors", "objective.safetensors")
 _RUN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "status.json", "trackers.json", "reference.npz", "report.html")
 _SWEEP = ("sweep.db", "sweep.db-journal", "best.yaml", "history.png", "importance.png", "trials/*/")
@@ -544,14 +544,34 @@ def flush(path: Path) -> None:
         os.close(fd)
 
 
+_FULL = 1 << 16  # free bytes of a full disk
+_SHORT = re.compile(r"requested and \d+ written|Unable to write")  # NumPy, MLX
+
+
+def explained(error: Exception, folder: Path) -> Exception:
+    """Return an error of writing to a folder, with the reason if another library only says how much was written.
+
+    Call it before what was written is removed, since the space on the disk is the reason that is looked for.
+    """
+    if (getattr(error, "errno", None) or errno.ENOSPC) != errno.ENOSPC or "are needed" in str(error):
+        return error
+    with suppress(OSError):
+        if (free := shutil.disk_usage(folder).free) < _FULL:
+            return OSError(errno.ENOSPC, f"No space left on device ({free:,} bytes are free)")
+    if _SHORT.search(str(error)):
+        return OSError(errno.EFBIG, f"a quota or a limit on the size of files is reached ({error})")
+    return error
+
+
 @contextmanager
 def writing(what: Path) -> Iterator[None]:
     """Turn a failure to write `what` into a CheckpointError that names the reason."""
     try:
         yield
     except (OSError, RuntimeError, UnicodeError) as e:
-        reason = getattr(e, "strerror", None) or str(e)
-        raise CheckpointError(f"cannot write {what}: {reason}; what was saved before is unchanged") from e
+        cause = explained(e, what.parent)
+        reason = getattr(cause, "strerror", None) or str(cause)
+        raise CheckpointError(f"cannot write {what}: {reason}; what was saved before is unchanged") from cause
 
 
 def write_beside(path: Path, write: Callable[[Path], None]) -> None:
@@ -612,7 +632,7 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
         whole = path.stat().st_size >= need
     except RuntimeError:  # mlx says how many bytes it could not write
         whole = False
-        if shutil.disk_usage(path.parent).free > 1 << 16:
+        if shutil.disk_usage(path.parent).free > _FULL:
             raise
     if not whole:
         raise OSError(errno.ENOSPC, f"No space left on device ({need:,} bytes are needed)")

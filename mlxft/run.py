@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,15 +33,23 @@ from mlxft.build import (
     traffic,
 )
 from mlxft.config import Config, dump_config, flat, hand_over, load_config, override_all, parse_config, put
-from mlxft.data.dataset import encode_prompt
+from mlxft.data.dataset import encode_prompt, sample_texts
 from mlxft.device import Blas, Failure, awake, gpu_failed, gpu_failure, in_use
 from mlxft.distributed import Ranks, check_same, current, joined, measure_network
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError, switch
 from mlxft.files import Held, digest, hold, save_arrays, write_beside, write_text
-from mlxft.model.adapters import LoRASpec, adapter_texts, load_trained, trainable_weights
+from mlxft.model.adapters import LoRASpec, adapter_arrays, adapter_texts, load_trained, trained_weights
 from mlxft.model.folder import save_folder
 from mlxft.model.heads import HEAD_FILE, adapter_metadata, head_arrays, head_metadata, without_head
-from mlxft.model.layers import LowRank, checkpoint_layers, is_checkpointed, limits, set_random_state
+from mlxft.model.layers import (
+    INPUTS,
+    LowRank,
+    checkpoint_layers,
+    is_checkpointed,
+    limits,
+    measure_inputs,
+    set_random_state,
+)
 from mlxft.model.load import (
     Loaded,
     base_fingerprint,
@@ -178,6 +187,10 @@ def assemble(
         assert ranks.group is not None
         shard_base(loaded.model, ranks.group)
         ranks.alike = True
+    if spec is not None and spec.quantize_aware is not None:
+        measure_inputs(loaded.model, sample_texts(loaded.tokenizer))
+        found = {n: v for n, v in trained_weights(loaded.model).items() if n.rpartition(".")[2] == INPUTS}
+        loaded.model.load_weights(list(ranks.arrays_from_first(found).items()), strict=False)
     objective.prepare(loaded.model, base_fingerprint(loaded))
     check_head(config, loaded.model)
     if not parted:
@@ -221,7 +234,7 @@ class _Saver:
     def checkpoint(self, state: dict[str, Any], optimizer: dict[str, mx.array], say: Callable[[str], None]) -> None:
         """Save a checkpoint; see `save_checkpoint`."""
         self.held.check()
-        weights = trainable_weights(self.loaded.model)
+        weights = trained_weights(self.loaded.model)
         snapshot = checkpoint.Snapshot(weights, optimizer, state, self.objective.arrays())
         folder = self.run.dir / "checkpoints"
         checkpoint.save_checkpoint(folder, state["progress"]["step"], snapshot, self.run.config.run.keep, say)
@@ -232,7 +245,7 @@ class _Saver:
         model, config, out = self.loaded.model, self.run.config, self.run.result
         fingerprint, noted = base_fingerprint(self.loaded), self.objective.about()
         with without_head(model) as head:
-            weights = trainable_weights(model)
+            weights = trained_weights(model)
 
             def save_head(folder: Path) -> None:
                 if head is not None:
@@ -251,7 +264,8 @@ class _Saver:
         for name, text in adapter_texts(self.loaded, self.spec, about).items():
             write_text(out / name, text)
         save_head(out)
-        write_beside(out / "adapters.safetensors", lambda p: save_arrays(p, weights, adapter_metadata(head)))
+        for name, arrays in adapter_arrays(weights).items():
+            write_beside(out / name, partial(save_arrays, arrays=arrays, metadata=adapter_metadata(head)))
 
 
 def _keep_template(loaded: Loaded, folder: Path) -> None:

@@ -127,9 +127,9 @@ class Run:
 
     def next_commands(self) -> list[str]:
         """Return three commands for the trained model."""
-        name, valid = shlex.quote(str(self.dir)), self.config.data.valid
+        name, held_out = shlex.quote(str(self.dir)), self.config.data.held_out
         if self.config.objective == "reward":
-            rows = shlex.quote(valid if isinstance(valid, str) else "pairs.jsonl")
+            rows = shlex.quote(held_out.path if held_out and isinstance(held_out.path, str) else "pairs.jsonl")
             return [f"mlxft eval {name} {rows}", f"mlxft score {name} {rows}", f"mlxft runs report {name}"]
         fused = shlex.quote(f"{self.dir.name}-fused")
         asked = prompt_argument(self.config.run.sample_prompts)
@@ -339,7 +339,7 @@ def _check_unused(run: Run) -> None:
         "model.path": model.path,
         "model.adapter": model.adapter,
         "model.chat_template": model.chat_template,
-        "data.valid": data.valid if isinstance(data.valid, str) else None,
+        "data.valid": data.held_out and data.held_out.path,
         **{"data.train" if name == "train" else f"data.mix.{name}.path": s.path for name, s in data.sources.items()},
     }
     replaced = run.dir.resolve()

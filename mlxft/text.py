@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,15 @@ def counted(count: int, text: str) -> str:
         verbs = {"are": "is", "were": "was", "have": "has", "leave": "leaves", "seem": "seems"}
         text = re.sub(rf"\b({'|'.join(verbs)})\b", lambda verb: verbs[verb[0]], text)
     return f"{count:,} {text}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table: the first column begins at the left, the others, which are numbers, end together."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))]).rstrip()
+        for first, *cells in rows
+    ]
 
 
 def echo(text: str = "", *, nl: bool = True, err: bool = False) -> None:

@@ -74,6 +74,13 @@ _EXTRA: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 10000.0,
     },
     "phi3": {"architectures": ["Phi3ForCausalLM"], "rope_scaling": None, "tie_word_embeddings": False},
+    "gpt_oss": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
     # Its head stands within its body.
     "gpt_neox": {"layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 1.0, "num_key_value_heads": 4},
     "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},

@@ -214,7 +214,7 @@ def test_objectives_are_the_files_there_are() -> None:
 def test_a_branch_of_a_union_is_not_named_in_a_message() -> None:
     """pydantic reports each branch: tune.layers.int, tune.layers.list[int] ..."""
     with pytest.raises(ConfigError) as e:
-        parse_config(least(tune={"layers": "some", "targets": 5}, data={"valid": []}))
+        parse_config(least(tune={"layers": "some", "targets": 5}, data={"valid": [5]}))
     places = [line.split(": ")[1] for line in str(e.value).splitlines()]
     assert sorted(places) == ["data.valid", "tune.layers", "tune.targets"]
     assert str(e.value).count("seen 'some'") == 1

@@ -55,29 +55,37 @@ BUDGET = {
     # how ranks on several Macs are started, and learn of each other's end.
     # config.py: data.format: auto, several files of rows; runs.py: where a model's name leads; foreign.py: other tools.
     # runs.py: the runs there are, for a name that is none; foreign.py: 150 more words. build.py: what rounding takes.
-    "top": (18, 9520),
+    # files.py: why a disk or a quota ends writing, where a library only says how much it wrote; text.py: tables.
+    # config.py: a format and fields for each source of rows.
+    "top": (18, 9650),
     # streaming and mixtures: rows on the disk, plans as arrays, an epoch of several sources. formats.py: which format
     # and which columns rows have, by what people call them; sources.py: tables, spreadsheets, texts, exported chats.
     # sources.py: formulas without values, other encodings, titles of several cells, kinds of files by their content.
-    "data": (5, 5565),  # judged conversations
+    # dataset.py: each source is recognised by itself; sources.py: sheets and lists that are named for splits;
+    # the alphabets that show which encoding a short text has; turns of conversations a row each, logs of an API, decks.
+    # questions and answers in a text; rows that can be read and are hardly meant so; other kinds of files.
+    "data": (5, 6097),  # judged conversations; dataset.py: samples of rows, which fuse had
     # logits.py: divergences; sampling.py: conversations with kept caches; layers.py: noise on embeddings; frozen.py.
     # shard.py, a base cut over ranks, and arrays that ranks exchange. gguf.py: a table of 20 families, with their
     # settings and layouts, files in parts; tensors read by rows, packed as they are. layers.py: rounding in training.
-    "model": (16, 8850),
+    # layers.py: stand-ins for layers, which fuse had; the strong directions of inputs, by which rounding is corrected.
+    "model": (16, 9070),
     # distill.py; online_dpo.py; episodes.py and environments.py, what they may raise or reply; grpo.py: GSPO, CISPO,
     # exact KL, variants.
-    "objectives": (15, 7775),
+    "objectives": (15, 7780),
     "trainer": (5, 1860),  # ranks add up steps and validations, share an optimiser, report and align; notebooks
     # sample and eval play episodes, and share their work over ranks; catalogue.py: open models and what they take;
     # compare.py: several models over one base; serve.py: OpenAI's API over them; start.py: mlxft init.
-    # start.py: how LLaMA-Factory and Axolotl name columns, whole; ratings and test rows are said.
-    "study": (17, 7410),
+    # compare.py: what is in memory for the studio's playground, too.
+    # start.py: how LLaMA-Factory and Axolotl name columns, whole, of each source; ratings and test rows are said.
+    "study": (17, 7460),
     # llama_cpp.py: its quantiser, importance matrices and the comparison with it; gguf.py: families; fuse.py: recipes.
-    "exports": (7, 4200),
-    "studio": (3, 1340),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
+    # gguf.py: several types at once, their figures for --json, what an adapter beside its base saves.
+    "exports": (7, 4170),
+    "studio": (3, 1310),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
     "demo": (4, 350),  # recipes.py: the recipes of configs/ as they are installed
     # export: --type of llama.cpp, --imatrix, --measure; the shell completes runs and settings.
-    "cli": (7, 2560),  # distill-cache, --environment, launch; eval and sample by ranks; serve, compare, models, recipes
+    "cli": (7, 2567),  # distill-cache, --environment, launch; eval and sample by ranks; serve, compare, models, recipes
 }
 MOST_FILES = 97  # doors: foreign.py, study/start.py, cli/start.py, what serves, compares and lists models; studio
 # Modules that one other module imports. The list may only shrink: such a module belongs into its importer unless it is

@@ -41,7 +41,7 @@ from mlxft.text import echo, json_text, make_console
 @click.option("--dequantize", is_flag=True, help="Write float weights, although the base is quantised.")
 @click.option(
     "--recipe",
-    type=click.Choice(["mixed", "awq", "gptq", "dwq"]),
+    type=click.Choice(["mixed", "awq", "gptq", "dwq"], case_sensitive=False),
     help="Quantise the whole fused model by one of mlx-lm's tools.",
 )
 @click.option(
@@ -182,13 +182,19 @@ _TYPES = (
 @click.argument("run", type=PathArg(run=True))
 @click.argument("out", type=PathArg())
 @click.option(
-    "--format", "form", required=True, type=click.Choice(["peft", "seq-cls", "gguf", "ollama"]), help="Format of OUT."
+    "--format",
+    "form",
+    required=True,
+    type=click.Choice(["peft", "seq-cls", "gguf", "ollama"], case_sensitive=False),
+    help="Format of OUT.",
 )
 @click.option(
     "--type",
-    "kind",
-    type=click.Choice(_TYPES),
-    help="With gguf and ollama: type of the matrices, by llama.cpp's quantiser below 8 bits.  [default: f16]",
+    "kinds",
+    multiple=True,
+    type=click.Choice(_TYPES, case_sensitive=False),  # llama.cpp writes Q4_K_M
+    help="With gguf and ollama: type of the matrices, by llama.cpp's quantiser below 8 bits; with gguf, can be given "
+    "several times, for OUT-TYPE.gguf of each.  [default: f16]",
 )
 @click.option(
     "--imatrix",
@@ -197,7 +203,7 @@ _TYPES = (
     metavar="[FILE]",
     help="With gguf and ollama: round by an importance matrix of the run's training rows, or of the rows of FILE.",
 )
-@click.option("--measure", is_flag=True, help="With gguf and ollama: compare the file with the model in float.")
+@click.option("--measure", is_flag=True, help="With gguf and ollama: compare each file with the model in float.")
 @click.option(
     "--probe",
     metavar="FILE",
@@ -212,7 +218,7 @@ def export(
     run: Path,
     out: Path,
     form: str,
-    kind: str | None,
+    kinds: tuple[str, ...],
     imatrix: str | None,
     measure: bool,
     probe: str | None,
@@ -231,14 +237,14 @@ def export(
     Example: mlxft export runs/quickstart quickstart-peft --format peft
              mlxft export runs/reward reward-model --format seq-cls
              mlxft export runs/quickstart quickstart.gguf --format gguf --type q8_0
-             mlxft export runs/quickstart small.gguf --format gguf --type q4_k_m --imatrix --measure
+             mlxft export runs/quickstart small.gguf --format gguf --type q4_k_m --type q6_k --imatrix --measure
              mlxft export runs/quickstart quickstart-ollama --format ollama
     """
     if lora and form != "gguf":
         raise click.UsageError(f"--lora is for --format gguf, not {form}")
     options: dict[str, Any] = {"imatrix": imatrix, "measure": measure or None, "probe": probe}
     options = {name: given for name, given in options.items() if given is not None}
-    if form not in ("gguf", "ollama") and (named := [*(["type"] if kind else []), *options]):
+    if form not in ("gguf", "ollama") and (named := [*(["type"] if kinds else []), *options]):
         raise click.UsageError(f"--{named[0]} is for --format gguf and ollama, not {form}")
     if probe and not measure:
         raise click.UsageError("--probe is for --measure; give that too")
@@ -250,10 +256,10 @@ def export(
     with make_console(stderr=True).status("loading") as status:
         if form in ("gguf", "ollama"):
             options["tell"] = lambda message: status.update(Text(message))
-        options |= {"type": kind or "f16", "lora": lora, "model": model, "overwrite": overwrite}
+        options |= {"type": kinds or "f16", "lora": lora, "model": model, "overwrite": overwrite}
         lines = write(run, out, format=form, **options)  # type: ignore[arg-type]
-    types = {"type": kind or "f16"} if form in ("gguf", "ollama") else {}
-    report = {"out": str(out), "format": form, **types, "said": lines}
+    types = {"type": ",".join(dict.fromkeys(kinds)) or "f16"} if form in ("gguf", "ollama") else {}
+    report = {"out": str(out), "format": form, **types, **getattr(lines, "figures", {}), "said": lines}
     echo(json_text(report) if as_json else "\n".join(lines))
 
 

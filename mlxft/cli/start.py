@@ -19,7 +19,11 @@ from mlxft.text import echo
 @click.option(
     "--model", help="Base: a hub id, folder, .gguf file or smollm2-135m (default: proposed for this machine)."
 )
-@click.option("--method", type=click.Choice(["lora", "qlora", "dora", "full"]), help="Method (default: by the base).")
+@click.option(
+    "--method",
+    type=click.Choice(["lora", "qlora", "dora", "full"], case_sensitive=False),
+    help="Method (default: by the base).",
+)
 @click.option("--valid", help="Validation rows: a share such as 0.1, a file, or 0 for none (default: by the rows).")
 @click.option("--out", type=PathArg(dir_okay=False), default="mlxft.yaml", show_default=True, help="Recipe to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the recipe if it exists.")

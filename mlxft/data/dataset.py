@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import struct
 import time
 import weakref
@@ -13,7 +14,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -26,7 +27,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, cast, overload
 import numpy as np
 import numpy.typing as npt
 
-from mlxft.config import CHATS, Config, DataSettings, Paths, objective_class
+from mlxft.config import CHATS, Config, DataSettings, Paths, SourceSettings, objective_class
 from mlxft.data.chat import (
     Chat,
     NotAPrefix,
@@ -41,6 +42,7 @@ from mlxft.data.chat import (
 )
 from mlxft.data.formats import (
     FORMATS,
+    RECOGNISED_BY,
     Columns,
     Completion,
     Conversation,
@@ -50,14 +52,26 @@ from mlxft.data.formats import (
     Labelled,
     Message,
     Pair,
+    Prompt,
     Ranked,
+    Recognised,
     Text,
+    convert,
     labels_of,
     pick_shots,
     recognise,
     with_completion,
 )
-from mlxft.data.sources import REPORTED, Problem, Row, find_split, read_rows, report_lines, source_hash
+from mlxft.data.sources import (
+    REPORTED,
+    Problem,
+    Row,
+    find_files,
+    read_rows,
+    report_lines,
+    source_hash,
+    split_in,
+)
 from mlxft.errors import CheckpointError, ConfigError, DataError, nearest
 from mlxft.files import write_beside
 from mlxft.text import bar, counted, make_console, parse_json
@@ -1252,7 +1266,7 @@ def _write_stored(path: Path, blocks: Iterable[Dataset[Any]], facts: Callable[[]
 
 def _stored(
     data: DataSettings,
-    setting: str,
+    at: str,
     spec: Paths,
     split: str,
     tokenizer: Any,
@@ -1266,10 +1280,7 @@ def _stored(
         DataError: rows do not fit, cannot be encoded or are too long.
         CheckpointError: the file cannot be written, as on a full disk.
     """
-    try:
-        found, total = source_hash(spec, split)
-    except ConfigError as e:
-        raise ConfigError(f"{setting}: {e}") from e
+    found, total = source_hash(spec, split)
     chosen = data.model_dump_json(include={"format", "fields", "max_length", "overflow", "bad_rows"})
     of = f"{kind.__name__} {chosen} {found}"
     key = encoding_key(of, tokenizer, data.train_on or "assistant", data.template == "auto")
@@ -1284,7 +1295,7 @@ def _stored(
     rows = _Reading(data, spec, split, tokenizer)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with bar(make_console(stderr=True), total, f"rows of {setting} encoded") as advance:
+        with bar(make_console(stderr=True), total, f"rows of {at} encoded") as advance:
             write_beside(path, lambda part: _write_stored(part, rows.blocks(encode, advance), rows.facts))
     except (CheckpointError, OSError) as e:
         way = "encoded rows take some 5 bytes a token: make room, or set MLXFT_CACHE to a folder on another disk"
@@ -1319,7 +1330,7 @@ class _Reading:
                     raise DataError(f"{e}\nnot encoded yet (data.stream): the rows after {block[-1].where}") from e
                 yield found
             advance(len(block))
-        _check_all(self._conversion, self._data)
+        _check_all(self._conversion, self._data, *self._source)
 
     def facts(self) -> dict[str, Any]:
         """Return the notes and the hash of the rows, once all are read."""
@@ -1551,19 +1562,17 @@ class Splits(NamedTuple):
 
 
 def _load(
-    data: DataSettings, setting: str, spec: Paths, split: str, chat: bool, reads: Collection[str] | None
+    data: DataSettings, at: str, spec: Paths, split: str, chat: bool, reads: Collection[str] | None
 ) -> tuple[list[Example], list[str] | None, list[str]]:
-    """Return the examples of one split, their labels where data.shots needs them and they have some, and notes."""
+    """Return the examples of one source, their labels where data.shots needs them and they have some, and notes."""
     columns, said = Columns(), list[str]()
-    shots = data.shots is not None and setting == "data.train"
-    try:
+    shots = data.shots is not None and at == "data"
+    with _of_source(at):
         found = read_rows(spec, split, said)
         rows = list(found) if shots else found  # which are not all held where nothing but their items is needed
-    except ConfigError as e:
-        raise ConfigError(f"{setting}: {e}") from e
-    conversion = Conversion(data.format, data.fields, chat=chat, columns=columns)
-    examples = list(conversion.examples(rows))
-    _check_all(conversion, data)
+        conversion = Conversion(data.format, data.fields, chat=chat, columns=columns)
+        examples = list(conversion.examples(rows))
+        _check_all(conversion, data, spec, split)
     labels = None
     if shots:
         used = {example.where for example in examples}
@@ -1572,7 +1581,7 @@ def _load(
     return examples, labels, said + _notes(columns, reads, conversion.wrong, conversion.problems)
 
 
-def _check_all(conversion: Conversion, data: DataSettings) -> None:
+def _check_all(conversion: Conversion, data: DataSettings, spec: Paths, split: str) -> None:
     """Raise what is wrong with the rows of a source, once all are read."""
     try:
         conversion.check(data.bad_rows == "drop")
@@ -1580,7 +1589,16 @@ def _check_all(conversion: Conversion, data: DataSettings) -> None:
         if not conversion.fitted:
             raise
         count = f"{conversion.wrong:,} of {conversion.wrong + conversion.fitted:,} rows"
-        raise DataError(f"{e}\n{count} do not fit; data.bad_rows: drop leaves them out") from e
+        way = f"{count} do not fit; data.bad_rows: drop leaves them out"
+        given = any(one.startswith(("hf:", "python:")) for one in ([spec] if isinstance(spec, str) else spec))
+        files = [] if given else find_files(spec, split)
+        odd = [f for f in files if len(files) > 1 and not _any_fits(data, "data", f.spec, split)]
+        if odd:
+            way = f"{counted(len(odd), 'files have')} other columns: {', '.join(file.name for file in odd[:_NAMED])}"
+            if split == "train":
+                name = re.sub(r"\W", "_", odd[0].path.stem)
+                way += f"; a file with a format and fields of its own is a source: data.mix.{name}.path={odd[0].spec}"
+        raise DataError(f"{e}\n{way}") from e
 
 
 def _notes(columns: Columns, reads: Collection[str] | None, wrong: int, problems: Sequence[Problem]) -> list[str]:
@@ -1604,31 +1622,84 @@ def with_format(config: Config) -> Config:
 
 
 def _recognised(data: DataSettings, formats: Sequence[str] = tuple(FORMATS), taker: str = "") -> DataSettings:
+    reading = _reading(data, "data", data.train, "train", formats, taker)
+    found = data if reading is None else data.recognised(reading.notes, format=reading.format, fields=reading.fields)
+    among = [name for name in formats if (name == "prompts") == (found.format == "prompts")]
+    notes: list[str] = []
+
+    def read(source: _Source, at: str, name: str, split: str) -> _Source:
+        """Return a source with a reading of its own, unless the settings say it or its rows fit that of data.train."""
+        inherits = source.format is None and source.fields is None
+        if inherits and _any_fits(found, at, source.path, split):
+            return source
+        if (own := _reading(data.of(source), at, source.path, split, among, taker)) is None:
+            return source
+        notes.extend(f"{name}: {note}" for note in own.notes)
+        return source.model_copy(update={"format": own.format, "fields": own.fields})
+
+    mix = {name: read(source, f"data.mix.{name}", name, "train") for name, source in data.mix.items()}
+    held_out = valid_source(data)
+    valid = None if held_out is None else read(held_out, "data.valid", "validation", "valid")
+    update = {"mix": mix} | ({} if valid == held_out else {"valid": valid})
+    return found.recognised(notes, **update) if notes or mix != data.mix else found
+
+
+_Source = TypeVar("_Source", bound=SourceSettings)
+
+
+def _reading(
+    data: DataSettings, at: str, spec: Paths, split: str, formats: Sequence[str], taker: str
+) -> Recognised | None:
+    """Recognise the rows of a source; return None where the settings say how they are read."""
     chat, is_open = data.template == "auto", data.format == "auto"
     if not is_open and (data.format not in formats or not FORMATS[data.format].missing(data.fields)):
-        return data  # there is nothing to find, or the objective refuses it
-    if data.train == "environment":
-        return data.recognised(formats[0], data.fields, ()) if is_open else data
+        return None  # there is nothing to find, or the objective refuses it
+    if spec == "environment":
+        return Recognised(formats[0], data.fields, []) if is_open else None
     wanted = tuple(name for name in formats if chat or name not in CHATS) if is_open else (data.format,)
     try:
-        rows = read_rows(data.train, "train")
-    except ConfigError as e:
-        raise ConfigError(f"data.train: {e}") from e
-    try:
-        found = recognise(rows, data.fields, wanted, chat=chat, taker=taker)
+        with _of_source(at, spec if at == "data.valid" and data.valid is None else ""):
+            found = recognise(read_rows(spec, split), data.fields, wanted, chat=chat, taker=taker)
     except DataError:
         if is_open or data.bad_rows == "error":
             raise
-        return data  # some rows may fit
-    return data.recognised(*found) if is_open or found.fields != data.fields else data
+        return None  # some rows may fit
+    return found if is_open or found.fields != data.fields else None
 
 
-def valid_source(data: DataSettings) -> str | None:
-    """Return the source of validation rows: data.valid, or the folder of data.train if it has some; else None."""
-    spec = data.train
-    if data.valid is None and isinstance(spec, str) and Path(spec).is_dir() and find_split(Path(spec), "valid"):
-        return spec
-    return data.valid if isinstance(data.valid, str) else None
+def _any_fits(data: DataSettings, at: str, spec: Paths, split: str) -> bool:
+    """Return whether some of the first rows of a source can be read as those of data.train."""
+    if spec == "environment":
+        return True
+    with _of_source(at):
+        rows = islice(read_rows(spec, split), RECOGNISED_BY)
+        conversion = Conversion(data.format, data.fields, chat=data.template == "auto", kept=0)
+        return any(True for _ in conversion.examples(rows))
+
+
+@contextmanager
+def _of_source(at: str, folder: Paths = "") -> Iterator[None]:
+    """Let an error name the settings of a source.
+
+    Args:
+        at: data (data.train), data.mix.NAME or data.valid.
+        folder: data.train that has the validation rows, too, so that data.valid does not name them.
+    """
+    setting = {"data": "data.train", "data.valid": at}.get(at, f"{at}.path")
+    try:
+        yield
+    except (ConfigError, DataError) as e:
+        text = re.sub(r"\bdata\.(?=(?:format|fields)\b)", f"{at}.", str(e))
+        text = re.sub(r"(?<!yaml )\bdata\.train=", f"{setting}=", text)
+        text += f"\nwith these write data.valid={folder}, too" if folder and f"{at}.format" in text else ""
+        in_config = isinstance(e, ConfigError) or at != "data"
+        raise type(e)(f"{setting}: {text}" if in_config else text) from e
+
+
+def valid_source(data: DataSettings) -> SourceSettings | None:
+    """Return the source of validation rows: data.valid, or data.train if it has some of its own; else None."""
+    own = data.valid is None and split_in(data.train, "valid")
+    return SourceSettings(path=data.train) if own else data.held_out
 
 
 def load_splits(
@@ -1654,10 +1725,10 @@ def load_splits(
         if used:
             why = "hold all rows in memory" if name == "stream" else "draw rows from one source"
             raise ConfigError(f"data.{name}: is for the objectives sft, reward and preference; others {why}")
-    data = _recognised(data) if data.format == "auto" else data
+    data = _recognised(data) if "auto" in data.formats.values() else data
     chat = data.template == "auto" and (tokenizer is None or tokenizer.has_chat_template)
     how = (chat, None if reads is None else {*reads, data.label or ""})
-    train, labels, notes = _load(data, "data.train", data.train, "train", *how)
+    train, labels, notes = _load(data, "data", data.train, "train", *how)
     valid: list[Example] = []
     other: list[str] = []
     if isinstance(data.valid, float):
@@ -1665,8 +1736,8 @@ def load_splits(
         kept, held_out = split_valid(list(range(len(train))), data.valid, seed)
         train, valid = [train[i] for i in kept], [train[i] for i in held_out]
         labels = labels and [labels[i] for i in kept]
-    elif (spec := valid_source(data)) is not None:
-        valid, _, other = _load(data, "data.valid", spec, "valid", *how)
+    elif (source := valid_source(data)) is not None:
+        valid, _, other = _load(data.of(source), "data.valid", source.path, "valid", *how)
     notes = [*data.notes, *notes, *(f"validation: {note}" for note in other if note not in notes)]
     if data.shots is None:
         return Splits(train, valid, notes)
@@ -1688,7 +1759,7 @@ def encode_sources(
     Returns:
         Training and validation rows, notes, and a hash of the rows.
     """
-    config = with_format(config) if config.data.format == "auto" else config
+    config = with_format(config) if "auto" in config.data.formats.values() else config
     data = config.data
     load: Any = _load_stored if data.stream else _load_encoded
     found: _Loaded[EncodedRow] = load(config, tokenizer, encode, kind)
@@ -1721,8 +1792,8 @@ def _load_encoded(config: Config, tokenizer: Any, encode: Encode[EncodedRow], ki
     train, valid, notes = load_splits(data, config.run.seed, tokenizer=tokenizer, mix=True)
     groups = {"data.train": train}
     for name, source in data.mix.items():
-        setting, chat = f"data.mix.{name}.path", data.template == "auto" and tokenizer.has_chat_template
-        groups[setting], _, said = _load(data, setting, source.path, "train", chat, ())
+        at, chat = f"data.mix.{name}", data.template == "auto" and tokenizer.has_chat_template
+        groups[f"{at}.path"], _, said = _load(data.of(source), at, source.path, "train", chat, ())
         notes += [f"{name}: {note}" for note in said]
     sources = [encode(train, False)]
     for setting, examples in islice(groups.items(), 1, None):
@@ -1738,19 +1809,19 @@ def _load_encoded(config: Config, tokenizer: Any, encode: Encode[EncodedRow], ki
 def _load_stored(config: Config, tokenizer: Any, encode: Encode[EncodedRow], kind: Any) -> _Loaded[EncodedRow]:
     """Encode rows to the disk, or find them there."""
     data, files, notes = config.data, list[Any](), config.data.notes
-    wanted = [("data.train", "", data.train, "train")]
-    wanted += [(f"data.mix.{name}.path", f"{name}: ", source.path, "train") for name, source in data.mix.items()]
-    wanted += [("data.valid", "validation: ", spec, "valid")] if (spec := valid_source(data)) is not None else []
-    for setting, name, source, split in wanted:
-        with of_setting(setting) if name else nullcontext():
-            files.append(_stored(data, setting, source, split, tokenizer, encode, kind))
+    wanted: list[tuple[str, str, SourceSettings, str]] = [("data", "", SourceSettings(path=data.train), "train")]
+    wanted += [(f"data.mix.{name}", f"{name}: ", source, "train") for name, source in data.mix.items()]
+    wanted += [("data.valid", "validation: ", held_out, "valid")] if (held_out := valid_source(data)) else []
+    for at, name, source, split in wanted:
+        with _of_source(at):
+            files.append(_stored(data.of(source), at, source.path, split, tokenizer, encode, kind))
         notes += [f"{name}{note}" for note in files[-1].facts["notes"] if note not in notes]
-    sources = [_Reading(data, source.path, "train", tokenizer).examples() for source in data.sources.values()]
+    sources = [_Reading(data.of(s), s.path, "train", tokenizer).examples() for s in data.sources.values()]
     few = _LOOKED_AT // len(sources) if data.template == "auto" else 0
     first = [example for examples in sources for example in islice(examples, few)]
     found = [Dataset(StoredRows([file]), file.counts) for file in files]
     fingerprint = blake2b(" ".join(file.facts["fingerprint"] for file in files).encode(), digest_size=16).hexdigest()
-    valid = found.pop() if spec is not None else None
+    valid = found.pop() if held_out is not None else None
     return _Loaded(found, valid, notes, first, f"stream {fingerprint}")
 
 
@@ -1793,3 +1864,101 @@ def load_encoded(config: Config, tokenizer: Any, *, mix: bool = False) -> Encode
         return encode_rows(examples, tokenizer, **options, cache=data.cache and not block, block=block)
 
     return EncodedSplits(*encode_sources(config, tokenizer, encode_some, Encoded))
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+# A few rows to compute something on: to compare models, or to see what a layer's inputs are like.
+
+_LONGEST = 256  # tokens of a row, so that no single row is the whole sample
+
+
+def built_in_examples(scores: bool) -> list[Example]:
+    """Return the package's own rows: questions with completions, and reviews; for scores, pairs."""
+    folder = Path(__file__).parents[1] / "demo"
+    if scores:
+        return convert(read_rows(str(folder / "pairs.jsonl"), "valid"), "preference")
+    examples: list[Example] = []
+    lines = [(folder / name).read_text("utf-8").splitlines()[:60] for name in ("rows.jsonl", "reviews.jsonl")]
+    for i, (chat, review) in enumerate(zip(*(map(parse_json, part) for part in lines)), 1):
+        examples.append(Example(f"rows.jsonl:{i}", Completion(*(turn["content"] for turn in chat["messages"]))))
+        examples.append(Example(f"reviews.jsonl:{i}", Text(review["review"])))
+    return examples
+
+
+def sample_rows(
+    examples: Sequence[Example], tokenizer: Any, config: Config | None, scores: bool, budget: int
+) -> list[Encoded]:
+    """Return randomly chosen rows, the same each time, of at most `budget` tokens together."""
+    order = list(examples)
+    random.Random(0).shuffle(order)
+    chat = config is None or config.data.template == "auto"
+    train_on = "all" if config is None else config.data.train_on or "assistant"
+    found: list[Encoded] = []
+    problem: DataError | None = None
+    spent = 0
+    for example in order:
+        try:
+            rows = _scored(example, tokenizer, chat) if scores else _written(example, tokenizer, chat, train_on)
+            for row in (_shortened(row, scores) for row in rows):
+                if row.trained.any() and (not found or spent + len(row.ids) <= budget):
+                    found.append(row)
+                    spent += len(row.ids)
+        except DataError as error:
+            problem = error
+        if spent >= budget - 16:
+            break
+    if not found:
+        raise problem or DataError("no row has a token that a model would predict")
+    return found
+
+
+def _shortened(row: Encoded, scores: bool) -> Encoded:
+    """Keep at most _LONGEST tokens, around the first compared one; of a completion to be scored, the last ones."""
+    if len(row.ids) <= _LONGEST:
+        return row
+    first = int(np.argmax(row.trained))
+    start = len(row.ids) - _LONGEST if scores else max(0, min(first - _LONGEST // 2, len(row.ids) - _LONGEST))
+    trained = row.trained[start : start + _LONGEST].copy()
+    trained[0] = False
+    return Encoded(row.ids[start : start + _LONGEST], trained, row.where)
+
+
+def _written(example: Example, tokenizer: Any, chat: bool, train_on: str) -> Iterator[Encoded]:
+    """Yield what the model would write: trained tokens of a text, a pair's chosen completion, or a whole prompt."""
+    where, item = example
+    if isinstance(item, Prompt):
+        given = item.prompt
+        if isinstance(given, str):
+            text = given
+        elif tokenizer.has_chat_template:
+            text = prompt_text(given, tokenizer, where=where)
+        else:
+            text = "\n".join(str(turn.get("content")) for turn in given)
+        yield from encode(Text(text), tokenizer, where, "all")
+    elif isinstance(item, (Conversation, Completion, Text)):
+        yield from encode(item, tokenizer, where, train_on, chat)
+    else:
+        yield next(_scored(example, tokenizer, chat))
+
+
+def _scored(example: Example, tokenizer: Any, chat: bool) -> Iterator[Encoded]:
+    """Yield completions as they are scored, each after its prompt."""
+    where, item = example
+    item = item.pairs[0] if isinstance(item, Ranked) else item
+    if isinstance(item, (Text, Prompt)):
+        raise DataError(f"{where}: has no completion to score")
+    prompt: Any = item.messages[:-1] if isinstance(item, Conversation) else item.prompt
+    completions: list[Any]
+    if isinstance(item, Conversation):
+        completions = [item.messages[-1]]
+    else:
+        completions = [item.chosen, item.rejected] if isinstance(item, Pair) else [item.completion]
+    for completion in completions:
+        row = encode_completion(prompt, completion, tokenizer, where, getattr(item, "tools", None), chat)
+        ids = np.concatenate([row.prompt, row.reply])
+        yield Encoded(ids, np.arange(len(ids)) >= max(1, len(row.prompt)), where)
+
+
+def sample_texts(tokenizer: Any, budget: int = 1024) -> list[list[int]]:
+    """Return the ids of some built-in texts, of at most `budget` tokens together."""
+    return [row.ids.tolist() for row in sample_rows(built_in_examples(False), tokenizer, None, False, budget)]

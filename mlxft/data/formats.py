@@ -15,7 +15,17 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby, islice, product
 from typing import Any, NamedTuple, TypeAlias
 
-from mlxft.data.sources import USUAL_NAMES, Problem, Row, plain_name, read_json, report_lines, type_name
+from mlxft.data.sources import (
+    SPEAKERS,
+    SPOKEN,
+    USUAL_NAMES,
+    Problem,
+    Row,
+    plain_name,
+    read_json,
+    report_lines,
+    type_name,
+)
 from mlxft.errors import ConfigError, DataError, half_character, nearest
 
 # --- template ---------------------------------------------------------------------------------------------------------
@@ -174,11 +184,6 @@ _ORDER = {
     "assistant": (("user", "tool"), "an assistant turn follows a user or tool turn"),
     "tool": (("tool",), "a tool turn follows an assistant turn with tool_calls, or another tool turn"),
 }
-_SPOKEN = {
-    **dict.fromkeys(("human", "user", "prompter", "customer", "client", "patient", "question", "instruction"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "bot", "chatbot", "ai", "agent", "model", "doctor", "answer"), "assistant"),
-    "system": "system",
-}
 _SHAREGPT = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
@@ -203,8 +208,8 @@ def flag_at(value: Any, at: str) -> bool:
     raise DataError(f"{at} is {value!r}; expected true or false")
 
 
-_GOOD = {"true", "1", "+1", "up", "thumbsup", "👍", "yes", "like", "liked", "good"}
-_BAD = {"false", "0", "-1", "down", "thumbsdown", "👎", "no", "dislike", "disliked", "bad"}
+_GOOD = {"true", "accept", "accepted", "1", "+1", "up", "thumbsup", "👍", "yes", "like", "liked", "good"}
+_BAD = {"false", "reject", "rejected", "0", "-1", "down", "thumbsdown", "👎", "no", "dislike", "disliked", "bad"}
 
 
 def _is_flag(value: Any) -> bool:
@@ -270,7 +275,7 @@ def _content(message: Message, at: str) -> str:
     if isinstance(content, list):
         texts = []
         for i, part in enumerate(content):
-            if not isinstance(part, dict) or part.get("type") != "text":
+            if not isinstance(part, dict) or (part.get("type") != "text" and part.keys() != {"text"}):  # Bedrock's
                 kind = repr(part.get("type")) if isinstance(part, dict) else type_name(part)
                 raise DataError(
                     f"{at}.content[{i}] is {kind}; expected {{'type': 'text', 'text': ...}}: only text is trained"
@@ -481,7 +486,8 @@ def read_sharegpt(row: dict[str, Any]) -> Conversation:
 
 def system_turn(row: Mapping[str, Any]) -> list[Message]:
     """Return the system turn of a row's `system` field; none where it is missing, null or empty."""
-    text = string_at(row.get("system") or "", "system", empty=True)
+    given = row.get("system") or ""
+    text = string_at(_content({"content": given}, "system") if isinstance(given, list) else given, "system", empty=True)
     return [{"role": "system", "content": text}] if text.strip() else []
 
 
@@ -651,19 +657,45 @@ def _shp(row: Fields, chat: bool, names: Fields) -> Published | None:
 
 
 _WHO = ("role", "from", "speaker", "author", "sender", "user")
-_WHAT = ("content", "value", "text", "message", "utterance")
+_WHAT = ("content", "value", "text", "message", "body", "utterance")
 
 
 def _other_turns(row: Fields, chat: bool, names: Fields) -> Published | None:
     """Read a conversation in one of the less usual forms: other keys, pairs of texts, or texts by turns."""
     if "messages" in names:
         return None
-    for column in sorted(USUAL_NAMES["turns"] | {"data"}):
+    for column in sorted(USUAL_NAMES["turns"] | {"data", "comments"}):
         given = row.get(column)
         usual = isinstance(given, list) and all(isinstance(turn, dict) and turn.get("role") in ROLES for turn in given)
         if not usual and _kind(given) != "sharegpt" and (turns := _turns_of(given)):
-            return Published(f"turns are in {column}", (column,), {"messages": turns})
+            told = next((n for n in ("systemInstruction", "system_instruction") if isinstance(row.get(n), dict)), "")
+            system = [{"role": "system", "content": _text_of_parts(row[told])}] if told else []
+            return Published(f"turns are in {column}", (column, *filter(None, [told])), {"messages": system + turns})
     return None
+
+
+def _text_of_parts(turn: Fields) -> str:
+    """Return the text of a turn as Gemini has it."""
+    return "".join(p["text"] for p in turn.get("parts") or [] if isinstance(p, dict) and isinstance(p.get("text"), str))
+
+
+def _logged(row: Fields, chat: bool, names: Fields) -> Published | None:
+    """Read a request to an API for chats, and its response, as a log has them."""
+    request, response = row.get("request"), row.get("response")
+    if "messages" in names or not isinstance(request, dict) or not isinstance(response, dict):
+        return None
+    asked, choices, parts = request.get("messages"), response.get("choices"), response.get("content")
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):  # of OpenAI
+        said = choices[0].get("message")
+    else:  # of Anthropic
+        texts = [p.get("text") or "" for p in parts if isinstance(p, dict)] if isinstance(parts, list) else []
+        said = {"role": "assistant", "content": "\n\n".join(texts)} if any(texts) else None
+    if not isinstance(asked, list) or not isinstance(said, dict):
+        return None
+    system = [{"role": "system", "content": request["system"]}] if isinstance(request.get("system"), str) else []
+    tools = {"tools": request["tools"]} if request.get("tools") else {}
+    says = "a log: messages of request, then the message of response"
+    return Published(says, ("request", "response"), {"messages": [*system, *asked, said], **tools})
 
 
 def _judged_turns(row: Fields, chat: bool, names: Fields) -> Published | None:
@@ -691,10 +723,10 @@ def _turns_of(value: Any) -> list[Message]:
         if not isinstance(turn, dict):
             return []
         who = next((key for key in _WHO if isinstance(turn.get(key), str)), None)
-        if isinstance(parts := turn.get("parts"), list):  # as Gemini has them
-            turn = {**turn, "content": "".join(p["text"] for p in parts if isinstance(p, dict) and "text" in p)}
+        if isinstance(turn.get("parts"), list):  # as Gemini has them
+            turn = {**turn, "content": _text_of_parts(turn)}
         what = next((key for key in _WHAT if isinstance(turn.get(key), str)), None)
-        if who and what and (role := _SPOKEN.get(turn[who].strip().casefold())):
+        if who and what and (role := SPOKEN.get(turn[who].strip().casefold())):
             if turns and turns[-1]["role"] == role:
                 turns[-1]["content"] += f"\n\n{turn[what]}"
             else:
@@ -779,7 +811,7 @@ LAYOUTS: dict[str, tuple[Callable[[Fields, bool, Fields], Published | None], ...
     "unpaired": (_judged_turns, _asking),
     "prompts": (_asking, _questions),
     "prompt-completion": (_first_answer,),
-    "messages": (_other_turns,),
+    "messages": (_logged, _other_turns),
 }
 """The layouts of each format, the most specific first."""
 
@@ -1380,6 +1412,8 @@ class _Table:
         turns, pairs, texts = self._turns(), self._pairs(), self._texts()
         if pairs and not self.single and "unpaired" not in self.formats and any(map(self._rates, self._labels())):
             return []  # some of the completions are bad
+        if pairs:  # which may be made of a column with what is asked, and one with what is said
+            turns = [t for t in turns if (c := self.column(_turns_in(t))) is None or _is_whole(c.values[0])]
         if turns:
             inside = "".join(
                 str(c.values[0]) for c in self.common if c.kind in ("turns", "sharegpt", "objects", "texts")
@@ -1422,6 +1456,23 @@ class _Table:
             return [(format, {"prompt": name}) for name in ends or self.names("prompt")]
         return []
 
+    def verdicts(self) -> dict[str, list[str]]:
+        """Return Prodigy's column of decisions on rows, and which there are."""
+        seen = {c.name: sorted(set(map(str, c.values))) for c in self.common if c.kind == "text"}
+        return {"answer": seen["answer"]} if "answer" in seen and self.column("_input_hash") else {}
+
+    def speakers(self) -> dict[str, list[str]]:
+        """Return the columns that say who speaks, and who does."""
+        said = {c.name: sorted(set(c.values)) for c in self.common if c.plain in SPEAKERS and c.kind == "text"}
+        return {name: who for name, who in said.items() if 2 <= len(who) <= max(2, len(self.rows) / 2)}
+
+    def choices(self, name: str) -> list[str]:
+        """Return the columns of lists of texts, where a column has the numbers or letters of their entries."""
+        values = {str(value) for c in self.columns if c.name == name.strip("{}") for value in c.values}
+        if not values or not all(re.fullmatch(r"\d|[A-Ha-h]", value) for value in values):
+            return []
+        return [c.name for c in self.common if c.plain in ("choices", "options") and c.kind == "texts"]
+
     def _labels(self) -> list[str]:
         """Return the columns that say of completions whether they are good."""
         found = [(name, self.column(name)) for name in self.names("label", _TEXTUAL)]
@@ -1457,8 +1508,11 @@ class _Table:
         ours = ("instruction", "output") if only or {"instruction", "output"} & self.given.keys() else ("", "")
         asks = self.names("prompt", ("text", "turns"), ours[0])
         says = self.names("completion", (*_TEXTUAL, "turns", "object"), ours[1])
-        inputs = self.names("input", ours="input", sparse=True)
-        asks = [name for name in asks if name not in inputs] or asks
+        inputs = self.names("input", ("text", "turns"), "input", sparse=True)
+        asks, says = (
+            [name for name in asks if name not in inputs] or asks,
+            [n for n in says if n not in self.verdicts()],
+        )
         common = [column.name for column in self.common]
         asks = asks or [name for name in inputs if name in common] or self.names("text") or self.names("turns")
         exact = [p for p in (("prompt", "completion"), ("instruction", "output")) if {*p} <= {*common}]
@@ -1532,9 +1586,21 @@ class _Table:
         return "\n".join([*lines, *([f"  ... and {len(self.columns) - _NAMED} more"] if self.columns[_NAMED:] else [])])
 
 
+def _turns_in(reading: _Reading) -> str:
+    format, fields = reading
+    name = "messages" if format == "messages" else "conversations"
+    return fields.get(name, name)
+
+
 def _last_role(turns: Any) -> Any:
     turns = read_json(turns) if isinstance(turns, str) else turns
-    return turns[-1].get("role")
+    return turns[-1].get("role") if isinstance(turns, list) else None
+
+
+def _is_whole(turns: Any) -> bool:
+    """Return whether turns begin with a prompt and end with a completion, as far as their roles are known."""
+    turns = read_json(turns) if isinstance(turns, str) else turns
+    return _last_role(turns) not in _ASKING and (not isinstance(turns, list) or turns[0].get("role") != "assistant")
 
 
 def _within(part: Any, whole: str) -> bool:
@@ -1582,12 +1648,14 @@ def recognise(
         known = "\n".join(f"  {format}: {', '.join(FORMATS[format].fields)}" for format in formats)
         raise ConfigError(f"data.fields: no format has all of {', '.join(given)}; the fields are\n{known}")
     readings = list({as_settings(*reading): reading for reading in table.readings()}.values())
+    if len(formats) > 1 and (doubt := _doubt(table, readings, name or _file_of(first))):
+        raise DataError(doubt)
     if len(readings) == 1:
         format, named = readings[0][0], given | {o: t for o, t in readings[0][1].items() if o != t}
         found = {name: named[name] for name in FORMATS[format].fields if name in named}
         said = f", data.fields: {written}" if (written := _in_yaml(found)) else ""
         return Recognised(format, found, [f"rows are read as data.format: {format}{said}"])
-    name = name or re.sub(r"(:\d+|\[\d+\])\Z", "", first[0].where)
+    name = name or _file_of(first)
     wanted = formats[0] if len(formats) == 1 else ""
     if readings:
         options = "\n".join(f"  {as_settings(*reading)}" for reading in readings[:_OPTIONS])
@@ -1606,9 +1674,43 @@ def recognise(
             ways = [way, *(f"or {way}" for way in ways)]
     names = [column.name for column in table.columns]
     if any(name.endswith((".", "?", "!")) for name in names) or len(" ".join(names).split()) >= 3 * len(names):
-        ways.insert(0, "if these names are a row, write a line with the columns' names above it: question,answer")
+        line = ["question", "answer", *(f"column{i}" for i in range(3, len(names) + 1))]
+        above = f"write a line with the columns' names above it: {','.join(line)}"
+        ways.insert(0, f"if these names are a row, {above} (with the file's own delimiter)")
     ways = ways or [_needed(formats)]
     raise DataError("\n".join([f"{name}: {what}", *ways, _seen(table)]))
+
+
+def _file_of(rows: Sequence[Row | Problem]) -> str:
+    return re.sub(r"(:\d+|\[\d+\])\Z", "", rows[0].where)
+
+
+def _doubt(table: _Table, readings: Sequence[_Reading], name: str) -> str:
+    """Return why rows are hardly meant as they can be read, and the settings that read them; "" if nothing is odd.
+
+    Some are rejected, each is a turn of a conversation, or the completion is the number of a choice that is not shown.
+    """
+    why, way = "", "or train each row alone"
+    if not readings or "unpaired" in table.formats:
+        return ""
+    for column, seen in table.verdicts().items():
+        if seen != ["accept"]:
+            keep = f"jq -c 'select(.{column} == \"accept\")' {shlex.quote(name)} > accepted.jsonl"
+            why, way = f"{column} says {' or '.join(seen)} of a row; keep what is accepted: {keep}", "or train all rows"
+    if {format for format, _ in readings} == {"text"}:
+        for column, who in table.speakers().items():
+            said = f"{', '.join(map(str, who[:_OPTIONS]))}{' ...' if len(who) > _OPTIONS else ''}"
+            make = "make a row of each conversation, or call them user and assistant, with a column conversation_id"
+            why = f"{column} says who speaks ({said}); {make}"
+    for format, fields in readings:
+        if (lists := table.choices(fields.get("completion", ""))) and format == "prompt-completion":
+            asked = fields["prompt"] if is_template(fields["prompt"]) else f"{{{fields['prompt']}}}"
+            shown = {**fields, "prompt": f"{asked}\n{{{lists[0]}}}"}
+            why, way = f"the completion is the number of one of {lists[0]}", "show them to the model, or do not"
+            readings = [(format, shown), (format, fields)]
+            break
+    options = "\n".join(f"  {as_settings(*reading)}" for reading in readings[:_OPTIONS])
+    return why and f"{name}: {why}\n{way}\n{options}\n{_seen(table)}"
 
 
 def with_usual_names(rows: Sequence[Row | Problem], formats: Sequence[str]) -> list[Row | Problem]:

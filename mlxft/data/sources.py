@@ -21,7 +21,7 @@ from contextlib import suppress
 from datetime import date, datetime, time
 from glob import glob
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO, TypeAlias
 from xml.etree import ElementTree
@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
 
 # Splits with the names that files and hub data sets give them.
-SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
+SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev", "eval"), "test": ("test",)}
 REPORTED = 20  # problems in a message
 _DEEPEST = 100
 _SPARSE = ("tools", "functions", "tool_calls", "function_call")
@@ -70,6 +70,11 @@ class File(NamedTuple):
         """Return its suffix."""
         return self.path.suffix.lower()
 
+    @property
+    def spec(self) -> str:
+        """Return how a recipe names it."""
+        return f"{self.path}:{self.part}" if self.part else str(self.path)
+
 
 _Read: TypeAlias = Callable[[File, str, list[str]], "Iterator[Row | Problem]"]
 
@@ -81,7 +86,7 @@ def read_rows(spec: Paths, split: str, notes: list[str] | None = None) -> Iterat
         spec: a file (read whole, whatever the split), with the part of it that is meant (`faq.xlsx:Sheet2`,
             `rows.json:items`) where it has several; a pattern such as `rows/*.csv`; a folder with {split}.jsonl or
             another kind of file, or of texts; `hf:org/name[:config][:split]`; or a list of these.
-        split: "train", "valid" or "test"; "valid" has the names validation, val and dev, too.
+        split: "train", "valid" or "test"; "valid" has the names validation, val, dev and eval, too.
         notes: notes on how files are read are appended as they are.
     Raises:
         ConfigError: there is no such file or split, or its kind is unknown. Raised at once.
@@ -109,10 +114,22 @@ def _of_files(files: Sequence[File], split: str, notes: list[str]) -> Iterator[R
 def _reader(file: File, notes: list[str]) -> _Read:
     """Return what reads a file: by its suffix, but for a table that is a spreadsheet by its content, or is none."""
     kind, book = file.kind, _head(file.path)[:8].startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0"))
+    if kind == ".txt" and _is_table(file.path):
+        notes.append(f"{file.name}: is a table by its columns, and is read as .csv")
+        return _read_csv
     if kind != ".parquet" and book != (kind in _SHEETS):
         kind = ".xlsx" if book else ".csv"
         notes.append(f"{file.name}: is {'a spreadsheet' if book else 'a text'} by its content, and is read as {kind}")
     return READERS[kind]
+
+
+def _is_table(path: Path) -> bool:
+    """Return whether lines have as many tabs, as spreadsheet programs and Anki write them, or below usual names."""
+    lines = [line for line in _head(path).split(b"\n")[:50] if line.strip(b"\r\0 ") and not line.startswith(b"#")]
+    tabs = {line.count(b"\t") for line in lines[:-1] or lines}
+    names = [plain_name(part) for part in re.split(r"[,;|]", lines[0].decode(errors="ignore"))] if lines else []
+    named = len(names) > 1 and {*names} <= _KNOWN
+    return len(lines) > 1 and (named or (len(tabs) == 1 and tabs != {0}))
 
 
 def find_files(spec: Paths, split: str) -> list[File]:
@@ -141,7 +158,9 @@ def find_files(spec: Paths, split: str) -> list[File]:
         raise ConfigError(f"{spec}: no such file{neighbour(path)}")
     file = _file(path, part)
     if path.suffix.lower() not in READERS:
-        raise ConfigError(f"{spec}: unknown kind of file {path.suffix!r}; known are {', '.join(READERS)}")
+        way = _CONVERTED.get(path.suffix.lower(), "").format(*map(shlex.quote, (spec, str(path.with_suffix("")))))
+        known = f"known are {', '.join(READERS)}"
+        raise ConfigError(f"{spec}: unknown kind of file {path.suffix!r}; {known}{way and f'; {way}'}")
     if part and path.suffix.lower() not in _PARTS:
         raise ConfigError(f"{spec}: a {path.suffix} file has no parts; name it as {path}")
     return [file]
@@ -330,7 +349,11 @@ def _not_utf8(exc: UnicodeDecodeError, what: str = "the line") -> str:
 
 
 def _not_json(exc: ValueError | RecursionError) -> str:
-    return f"not valid JSON: {f'{exc.msg} at column {exc.colno}' if isinstance(exc, json.JSONDecodeError) else exc}"
+    if not isinstance(exc, json.JSONDecodeError):
+        return f"not valid JSON: {exc}"
+    single = exc.doc[exc.pos : exc.pos + 1] == "'"
+    hint = "; JSON has double quotes (in Python, write rows with json.dumps, not str)" if single else ""
+    return f"not valid JSON: {exc.msg} at column {exc.colno}{hint}"
 
 
 # --- json -------------------------------------------------------------------------------------------------------------
@@ -373,11 +396,16 @@ def _read_jsonl(source: File, split: str, notes: list[str]) -> Iterator[Row | Pr
 def _read_json(source: File, split: str, notes: list[str]) -> Iterator[Row | Problem]:
     """Return the rows of an array, of an object that wraps them, or of one object a line."""
     first, several = _first_line(source.path)
-    if several and first.startswith(b"{"):
-        with suppress(ValueError, RecursionError):
-            read_json(first.decode())
-            return _read_jsonl(source, split, notes)
-    return _read_values(source, split, notes)
+    lines = several and first.startswith(b"{") and not _wraps(source)
+    return (_read_jsonl if lines else _read_values)(source, split, notes)
+
+
+def _wraps(source: File) -> bool:
+    """Return whether a file seems to be one object, which may wrap the rows: its first line is not a whole object."""
+    first, several = _first_line(source.path)
+    with suppress(ValueError, RecursionError):
+        return first.startswith(b"{") and not (several and read_json(first.decode()))
+    return first.startswith(b"{")
 
 
 class _AtLine(ValueError):
@@ -415,7 +443,7 @@ class _Values:
     def skip(self, sign: str) -> None:
         """Leave out the next character that is not white space; raise ValueError unless it is `sign`."""
         if self.sign() != sign:
-            self._refuse(f"expected {sign!r}", self._at)
+            self.refuse(f"expected {sign!r}")
         self._at += 1
 
     def value(self) -> Any:
@@ -431,10 +459,11 @@ class _Values:
                     return found
             except json.JSONDecodeError as exc:
                 if not self._more(size):
-                    self._refuse(exc.msg, exc.pos)
+                    self.refuse(exc.msg, exc.pos)
             size *= 2  # so that a large value is tried a few times only
 
-    def _refuse(self, text: str, at: int) -> NoReturn:
+    def refuse(self, text: str, at: int | None = None) -> NoReturn:
+        at = self._at if at is None else at
         column = at - self._text.rfind("\n", 0, at)
         raise _AtLine(f"not valid JSON: {text} at column {column}", self._line + self._text.count("\n", 0, at))
 
@@ -451,6 +480,8 @@ def _read_values(source: File, split: str, notes: list[str]) -> Iterator[Row | P
             while values.sign() not in ("", "]"):
                 if array and index:
                     values.skip(",")
+                    if values.sign() == "]":
+                        values.refuse("a comma before ] (remove it)")
                 value = values.value()
                 if array or index or values.sign() or not isinstance(value, dict):
                     yield _object(value, f"{name}[{index}]")
@@ -493,14 +524,8 @@ def _unwrapped(value: dict[str, Any], source: File, split: str, notes: list[str]
     if source.part and source.part not in lists:
         has = f"it has {', '.join(lists)}" if lists else "it has none"
         raise DataError(f"{name}: no list of rows {source.part!r}{nearest(source.part, lists)}; {has}")
-    key = source.part or next((alias for alias in SPLITS[split] if alias in lists), "")
-    if not key and len(lists) > 1:
-        ways = " or ".join(shlex.quote(f"data.train={source.path}:{key}") for key in lists)
-        raise DataError(f"{name}: has {len(lists)} lists of rows; name one: {ways}")
-    if key or lists:
-        key = key or next(iter(lists))
-        if others := [name for name in lists if name != key]:
-            notes.append(f"{name}: {key} is read, and not {', '.join(others)}")
+    if lists:
+        key = source.part or _part_of(list(lists), source, split, notes)
         rows = [asked for row in lists[key] for asked in (_asked_of(row) or [row])]
         yield from (_object(row, f"{name}:{key}[{i}]") for i, row in enumerate(rows))
         return
@@ -523,14 +548,52 @@ def _unwrapped(value: dict[str, Any], source: File, split: str, notes: list[str]
         yield Row(f"{name}[0]", value)
 
 
-def lists_in(source: str) -> list[str]:
-    """Return the names of the lists of rows in a .json file that names some as splits, else nothing."""
-    path = home_path(source)
-    if path.suffix.lower() != ".json" or not path.is_file() or not _first_line(path)[0].startswith(b"{"):
-        return []
-    with suppress(ValueError, RecursionError):
-        found = read_json(path.read_text("utf-8-sig"))
-        return [key for key, rows in found.items() if _are_rows(rows)]
+def _part_of(names: Sequence[str], source: File, split: str, notes: list[str]) -> str:
+    """Return the name of the list or sheet with the rows of a split: the one that is called so, or the only one.
+
+    Raises:
+        DataError: there are several.
+    """
+    called = _called(names, split)
+    if not called and len(names) > 1:
+        ways = " or ".join(shlex.quote(f"data.train={source.path}:{name}") for name in names)
+        what = "sheets" if source.kind in _SHEETS else "lists"
+        whole = shlex.quote(f"data.train=[{', '.join(f'{source.path}:{name}' for name in names)}]")
+        raise DataError(f"{source.name}: {len(names)} {what} have rows; name one: {ways}; or all of them: {whole}")
+    if len(names) > 1:
+        notes.append(f"{source.name}: of {', '.join(names)}, {called} is read")
+    return called or names[0]
+
+
+def _called(names: Iterable[str], split: str) -> str:
+    plain = {name: re.sub(r"_(set|data|dataset|split|rows)\Z", "", plain_name(name)) for name in names}
+    return next((name for alias in SPLITS[split] for name, called in plain.items() if called == alias), "")
+
+
+def split_in(spec: Paths, split: str) -> str:
+    """Return a source's own rows of a split: a folder's file, or the list or sheet of a file that has one for training.
+
+    "" if there is none.
+    """
+    path = home_path(spec) if isinstance(spec, str) else Path()
+    if not isinstance(spec, str) or not path.exists():
+        return ""
+    if path.is_dir():
+        return str(find_split(path, split) or "")
+    seen = path.stat()
+    names = _parts_in(File(path, "", path.name), (seen.st_mtime_ns, seen.st_size))
+    name = _called(names, split) if _called(names, "train") else ""
+    return f"{spec}:{name}" if name else ""
+
+
+@functools.lru_cache(maxsize=16)
+def _parts_in(source: File, seen: tuple[int, int]) -> list[str]:
+    """Return the names of a .json file's lists of rows, or of a spreadsheet's visible sheets; `seen`: its state."""
+    with suppress(ValueError, RecursionError, OSError, DataError, ConfigError):
+        if source.kind in _SHEETS:
+            return list(_sheets(source))
+        if source.kind == ".json" and _wraps(source):
+            return [key for key, rows in read_json(source.path.read_text("utf-8-sig")).items() if _are_rows(rows)]
     return []
 
 
@@ -573,15 +636,77 @@ def exported_chat(row: Mapping[str, Any]) -> dict[str, Any] | None:
         said = [_chatgpt_turn(node.get("message")) for node in _branch(nodes, row.get("current_node"))]
     else:
         return None
+    return _conversation([(role, text) for role, text in said if role in ("user", "assistant")])
+
+
+def _conversation(said: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Return a row of `messages`, those of one role joined, from a prompt on to the last completion."""
     turns: list[dict[str, str]] = []
     for role, text in said:
-        if not text.strip() or role not in ("user", "assistant") or (role == "assistant" and not turns):
+        if not text.strip() or (role == "assistant" and not any(turn["role"] == "user" for turn in turns)):
             continue
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += f"\n\n{text}"
         else:
             turns.append({"role": role, "content": text})
-    return {"messages": turns[:-1] if turns and turns[-1]["role"] == "user" else turns}
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    return {"messages": turns}
+
+
+# Who speaks in a conversation -> the role.
+_USERS = (
+    *("human", "user", "prompter", "customer", "client", "patient", "question", "instruction"),
+    *("end-user", "end user", "end_user", "visitor", "guest", "caller", "requester", "buyer"),
+)
+_ASSISTANTS = (
+    *("gpt", "assistant", "bot", "chatbot", "ai", "agent", "model", "doctor", "answer"),
+    *("operator", "support", "support agent", "admin", "representative", "seller"),
+)
+SPOKEN = {
+    **dict.fromkeys(_USERS, "user"),
+    **dict.fromkeys(_ASSISTANTS, "assistant"),
+    "system": "system",
+}
+_OF = tuple(
+    f"{name}{end}"
+    for end in ("_id", "")
+    for name in ("conversation", "conv", "dialog", "dialogue", "thread", "session", "chat", "ticket")
+)
+_TALKERS = {*_USERS, *_ASSISTANTS} - {"question", "answer"}  # their turns are parts of conversations
+SPEAKERS = ("role", "speaker", "sender", "author_role", "author_type", "sender_role", "sender_type")
+_BY = (*SPEAKERS, "author", "from")
+_SAYS = ("content", "text", "message", "body", "utterance")
+
+
+def _turn_columns(row: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """Return the columns of a row that say in which conversation it is a turn, who speaks and what; else None."""
+    names = {plain_name(name): name for name in row}
+    of, by, says = (next((names[name] for name in usual if name in names), "") for usual in (_OF, _BY, _SAYS))
+    turn = of and by and says and isinstance(row[of], str | int) and isinstance(row[says], str)
+    return (of, by, says) if turn and str(row[by]).strip().casefold() in SPOKEN else None
+
+
+def _turn_rows(rows: Sequence[Row | Problem], notes: list[str]) -> Sequence[Row | Problem]:
+    """Join rows that are turns, as a help desk exports them, into conversations; return other rows as they are."""
+    found = [row for row in rows if isinstance(row, Row)]
+    columns = {_turn_columns(row.data) for row in found}
+    if len(columns) > 1 or not (named := columns.pop()):
+        return rows
+    of, by, says = named
+    talks: dict[Any, list[Row]] = {}
+    for row in found:
+        talks.setdefault(row.data[of], []).append(row)
+    if len(talks) == len(found):
+        return rows
+    chats = (
+        Row(turns[0].where, _conversation([(SPOKEN[t.data[by].strip().casefold()], t.data[says]) for t in turns]))
+        for turns in talks.values()
+    )
+    whole = [chat for chat in chats if chat.data["messages"]]
+    count = f"{len(found):,} rows are joined to {counted(len(whole), 'conversations')}"
+    notes.append(f"{count}: {of} says which, {by} who speaks, and {says} what")
+    return [*(row for row in rows if isinstance(row, Problem)), *whole]
 
 
 _TREE = {"message_id", "parent_id", "role", "text"}
@@ -590,10 +715,14 @@ _TREE = {"message_id", "parent_id", "role", "text"}
 def _threads(rows: Iterator[Row | Problem], notes: list[str]) -> Iterator[Row | Problem]:
     """Join rows that are messages of trees, as OpenAssistant publishes them, into conversations: each best branch."""
     first = next(rows, None)
-    if first is None or isinstance(first, Problem) or not first.data.keys() >= _TREE:
-        yield from rows if first is None else chain([first], rows)
+    rows = rows if first is None else chain([first], rows)
+    if first is None or isinstance(first, Problem):
+        yield from rows
         return
-    found = [row for row in chain([first], rows) if isinstance(row, Row)]
+    if not first.data.keys() >= _TREE:
+        yield from _turn_rows(list(rows), notes) if _turn_columns(first.data) else rows
+        return
+    found = [row for row in rows if isinstance(row, Row)]
     replies: dict[Any, list[Row]] = {}
     for row in found:
         replies.setdefault(row.data.get("parent_id"), []).append(row)
@@ -646,14 +775,15 @@ _Cells: TypeAlias = tuple[str, list[str]]  # a row of a table, with its place
 _DELIMITERS = ",;\t|"
 _TITLES = 20  # rows above a header
 _USUAL = {
-    "prompt": "prompt question query instruction request problem user human q ask input user_message user_input "
+    "prompt": "prompt question front query instruction request problem user human q ask input user_message user_input "
     "user_prompt user_query input_messages patient customer client frage anfrage eingabe aufgabe anweisung pregunta "
     "consulta entrada instruccion demande requete consigne domanda pergunta vraag вопрос 问题 指令 質問",
-    "completion": "completion answer response output reply assistant target solution a bot gpt summary highlights "
-    "model_output model_response doctor agent expert assistant_response assistant_message antwort ausgabe loesung "
-    "losung zusammenfassung respuesta salida reponse sortie resume risposta resposta antwoord ответ 回答 答案 输出",
+    "completion": "completion answer back response output reply assistant target solution a bot gpt summary highlights "
+    "ideal expected_output model_output model_response doctor agent expert assistant_response assistant_message "
+    "antwort ausgabe loesung losung zusammenfassung respuesta salida reponse sortie resume risposta resposta antwoord "
+    "ответ 回答 答案 输出",
     "input": "input context passage kontext contexte contexto",
-    "system": "system system_prompt system_message",
+    "system": "system system_prompt system_message system_instruction",
     "text": "text content document body article passage page_content paragraph story texte texto inhalt testo",
     "turns": "messages message conversations conversation dialog dialogue dialogs chat chats turns contents",
     "chosen": "chosen preferred better accepted winner win chosen_response good_response response_chosen "
@@ -766,6 +896,11 @@ def _read_csv(source: File, split: str, notes: list[str]) -> Iterator[Row | Prob
     start, delimiter = 0, ""
     if texts and (named := re.fullmatch(r"sep=(.)\s*", texts[0])):  # as Excel writes and reads it
         start, delimiter = 1, named[1]
+    elif texts and (named := re.fullmatch(r"#separator:(.+?)\s*", texts[0])):  # a deck of Anki
+        delimiter = _ANKI.get(named[1].casefold(), named[1][0])
+        about = next((i for i, text in enumerate(texts) if not text.startswith("#")), len(texts))
+        own = next((text[len("#columns:") :] for text in texts[:about] if text.startswith("#columns:")), "")
+        start, texts[about - 1] = about - 1, own or delimiter.join(_CARD[: texts[about].count(delimiter) + 1]) + "\n"
     # The stdlib's limit of 128 KiB a field is less than a long document; it is one for the whole process.
     limit = csv.field_size_limit(_MAX_CSV_FIELD)
     try:
@@ -779,6 +914,8 @@ def _read_csv(source: File, split: str, notes: list[str]) -> Iterator[Row | Prob
     yield from _table(rows, source, notes)
 
 
+_ANKI = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "colon": ":", "space": " "}
+_CARD = ("Front", "Back", "Tags")
 _SNIFFED = 2000  # lines that show the delimiter
 
 
@@ -853,19 +990,14 @@ def _text_lines(source: File, notes: list[str]) -> list[str | Problem]:
             except UnicodeDecodeError as exc:
                 lines.append(Problem(f"{source.name}:{number}", _not_utf8(exc)))
         return lines
-    tried = {name: raw.decode(name, "replace") for name in ("cp1252", "mac_roman")}
-    name, text = max(tried.items(), key=lambda item: sum((c in _WESTERN) - (not c.isascii()) for c in item[1]))
-    signs = [c for c in text if not c.isascii()]
-    # Words of accented letters alone, and signs that Western texts do not have, are those of another encoding.
-    if 10 * sum(c not in _WESTERN for c in signs) > len(signs) or 3 * len(_ALIEN.findall(text)) > len(signs):
+    name = likely[0].lower().replace("-", "_") if likely else ""
+    if name not in _READ or (len(likely) > 1 and "MAC-ROMAN" in likely):
         return [_in_encoding(source, likely)]
     notes.append(f"{source.name}: is not UTF-8 and read as {name}; look at a row with accents")
-    return list(io.StringIO(text, newline=""))
+    return list(io.StringIO(raw.decode(name, "replace"), newline=""))
 
 
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-_WESTERN = frozenset("äöüÄÖÜßéèêëàâáãåæçíîïìñóôòõøœúùûýÿÉÈÊÀÁÅÆÇÍÑÓÔØÚ'’‘“”„–—…€£°§«»¿¡·•±½²®™©\xa0")
-_ALIEN = re.compile(r"(?<=[À-ÿ])[À-ÿ](?=[À-ÿ])")
 
 
 def _head(path: Path) -> bytes:
@@ -881,13 +1013,89 @@ def _encodings(raw: bytes, least: int = 1) -> list[str] | None:
     """
     decoded = [line.decode("utf-8-sig", "replace") for line in raw.splitlines() if not line.isascii()]
     damaged = least if raw.startswith(_UTF_16) else sum("\ufffd" in line for line in decoded)
-    if 2 * damaged <= len(decoded) or damaged < least or re.search(b"\xed[\xa0-\xbf][\x80-\xbf]", raw):
+    if 2 * damaged <= len(decoded) or damaged < least:
         return None
-    from charset_normalizer import from_bytes
+    with suppress(UnicodeDecodeError):
+        return None if raw.decode("utf-8-sig", "surrogatepass") else []  # UTF-8 with halves of characters
+    if raw.startswith(_UTF_16):
+        return ["UTF-16"]
+    start = raw[: 1 << 16]
+    start = start[: start.rfind(b"\n") + 1] or start  # no character is cut
+    odds: dict[str, tuple[float, bool, str]] = {}  # by text, since several encodings may give the same
+    for encodings, letters in _alphabets():
+        for name in encodings.split():
+            with suppress(UnicodeDecodeError):
+                text = start.decode(name)
+                # Few texts with kana are Chinese.
+                odd = _oddness(text, letters), letters is not _alphabets()[-1][1] or _KANA.isdisjoint(text), name
+                odds[text] = min(odds.get(text, odd), odd, key=lambda found: found[:2])
+    ranked = sorted(odds.values(), key=lambda found: found[:2])
+    names = [name for odd, _, name in ranked if odd <= min(_MOST_ODD, ranked[0][0] + 0.02)]
+    if not names:
+        from charset_normalizer import from_bytes
 
-    found = from_bytes(raw[: 1 << 16])
-    names = {"euc_jis_2004": "euc_jp", "cp1125": "cp866"}
-    return [names.get(each.encoding, each.encoding).upper().replace("_", "-") for each in found][:2]
+        names = [each.encoding for each in from_bytes(start) if each.encoding not in _READ]
+    return [name.upper().replace("_", "-") for name in names[:2]]
+
+
+# Which encoding a short text has, its letters show: those of one language, small within words. (charset-normalizer,
+# which knows more encodings, takes Hungarian for French and EUC-JP for Korean where a file has a few rows.)
+_READ = ("cp1252", "mac_roman")
+_MOST_ODD = 0.1  # share of the letters that the language does not have
+_INNER = "‚“”„…€£§°«»‹›¿¡•®™©×²±½"  # signs that do not stand within words
+_SIGNS = frozenset(f"{_INNER}’‘–—·\xa0") | {chr(c) for c in (*range(0x3000, 0x3040), *range(0xFF01, 0xFF5F))}
+_WESTERN = "äöüß éèêëàâæçîïôœùûüÿ áéíñóúü ãáâàçéêíóôúü àèéìíòóùú áéëïíóöüú åäöé æøåéó àçèéíïòóúü"
+_CYRILLIC = (
+    "абвгдеёжзийклмнопрстуфхцчшщъыьэюя абвгґдеєжзиіїйклмнопрстуфхцчшщьюя абвгдеёжзійклмнопрстуўфхцчшыьэюя "
+    "абвгдђежзијклљмнњопрстћуфхцчџшѓќѕ"
+)
+# Encodings, and the letters of each language that is written in them; of those that fit as well the first is taken.
+_LETTERS = (
+    ("cp1252", _WESTERN),
+    ("cp1250 iso8859_2", "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíľňóôšťúýž áéíóöőúüű ăâîșşțţ čćđšž"),
+    ("cp1254", "çğıöşüâîi"),
+    ("mac_roman cp850", _WESTERN),
+    ("cp1255", "".join(map(chr, range(0x5D0, 0x5EB)))),
+    ("cp1251 koi8_r koi8_u cp866 iso8859_5 mac_cyrillic", _CYRILLIC),
+    ("cp1253 iso8859_7", "αβγδεζηθικλμνξοπρστυφχψωςάέήίόύώϊϋΐΰ"),
+    ("cp1256", "".join(map(chr, range(0x60C, 0x670)))),
+    ("cp1257", "ąčęėįšųūž āčēģīķļņšūž äõöüšž"),
+)
+_THAI = frozenset(map(chr, range(0xE01, 0xE5C)))
+_RARE = frozenset("ðýþ")  # Icelandic; a few of them alone are Turkish or Croatian in another encoding
+_KANA = frozenset(map(chr, range(0x3041, 0x3100)))
+
+
+@functools.cache
+def _alphabets() -> list[tuple[str, list[frozenset[str]]]]:
+    """Return encodings, and the letters of their languages; of East Asian ones the usual characters."""
+
+    def usual(encoding: str, first: int, last: int) -> frozenset[str]:
+        codes = (bytes([a, b]) for a in range(first, last + 1) for b in (*range(0x40, 0x7F), *range(0xA1, 0xFF)))
+        return frozenset("".join(code.decode(encoding, "ignore") for code in codes)) - frozenset(map(chr, range(128)))
+
+    return [
+        *((encodings, list(map(frozenset, letters.split()))) for encodings, letters in _LETTERS),
+        ("cp949", [usual("euc_kr", 0xB0, 0xC8)]),
+        ("gb18030", [usual("gb2312", 0xB0, 0xD7)]),
+        ("cp950", [usual("big5", 0xA4, 0xC6)]),
+        ("cp874", [_THAI]),
+        ("cp932 euc_jp", [usual("euc_jp", 0xB0, 0xCF) | _KANA]),
+    ]
+
+
+def _oddness(text: str, alphabets: Sequence[frozenset[str]]) -> float:
+    """Return the share of a text's letters, without ASCII, that no single alphabet has, or not so within a word."""
+    text = re.sub("õe", "", text, flags=re.IGNORECASE)  # Portuguese; õ alone is Hungarian in another encoding
+    seen = Counter(c.lower()[0] for c in text if not c.isascii() and c not in _SIGNS)
+    odd: float = min(sum(n for c, n in seen.items() if c not in letters) for letters in alphabets)
+    together = _RARE.union(*alphabets)  # of several languages
+    odd = min(odd, sum(n for c, n in seen.items() if c not in together) + 0.06 * seen.total())
+    odd += len(re.findall(rf"(?<=[^\W\d_])[{_INNER}](?=[^\W\d_])|(?<=\w)[¿¡]|(?<=[a-z])±", text))
+    odd += len(re.findall(r"(?<=[A-Za-z])[\u0370-\u1fff]|[\u0370-\u1fff](?=[A-Za-z])", text))
+    odd += sum(after.isupper() and before.islower() and not after.isascii() for before, after in pairwise(text))
+    capitals = sum(c.isupper() - c.islower() for c in text if not c.isascii()) > 0
+    return odd / max(1, seen.total()) + 0.05 * capitals
 
 
 def _in_encoding(source: File, likely: Sequence[str]) -> Problem:
@@ -899,6 +1107,22 @@ def _in_encoding(source: File, likely: Sequence[str]) -> Problem:
 
 
 def _read_sheets(source: File, split: str, notes: list[str]) -> Iterator[Row | Problem]:
+    sheets = _sheets(source)
+    own = _called(sheets, split)  # though it is empty: no other sheet stands for it
+    filled = [name for name, rows in sheets.items() if name == own or sum(map(bool, map(_filled, rows))) > 1]
+    name = source.part or _part_of(filled or list(sheets)[:1] or [""], source, split, notes)
+    if len(filled) == 1 < len(sheets):
+        notes.append(f"{source.name}: sheet {name} is read, the only one with rows")
+    place = f"{source.name}:{name}" if source.part else source.name
+    cells = sheets.get(name, [])
+    for row, column in _without_values(source.path, name):
+        if row < len(cells) and column < len(cells[row]) and not cells[row][column]:
+            cells[row][column] = "#VALUE!"
+    yield from _table([(f"{place}:{i}", row) for i, row in enumerate(cells, 1)], source, notes)
+
+
+def _sheets(source: File) -> dict[str, list[list[str]]]:
+    """Return the cells of the visible sheets by name, or of the sheet that is named."""
     try:
         import python_calamine as calamine
     except ImportError as exc:
@@ -910,24 +1134,11 @@ def _read_sheets(source: File, split: str, notes: list[str]) -> Iterator[Row | P
                 hint = nearest(source.part, book.sheet_names)
                 raise DataError(f"{source.name}: no sheet {source.part!r}{hint}; it has {', '.join(book.sheet_names)}")
             names = [source.part] if source.part else shown
-            sheets = {name: _cells_of(book.get_sheet_by_name(name)) for name in names}
+            return {name: _cells_of(book.get_sheet_by_name(name)) for name in names}
     except DataError:
         raise
     except (calamine.CalamineError, OSError, ValueError) as exc:
         raise DataError(f"{source.name}: not a readable spreadsheet: {' '.join(str(exc).split())[:300]}") from exc
-    filled = [name for name, rows in sheets.items() if sum(map(bool, map(_filled, rows))) > 1]
-    if len(filled) > 1:
-        ways = " or ".join(shlex.quote(f"data.train={source.path}:{name}") for name in filled)
-        raise DataError(f"{source.name}: {len(filled)} sheets have rows; name one: {ways}")
-    name = filled[0] if filled else source.part or next(iter(sheets), "")
-    if len(sheets) > 1:
-        notes.append(f"{source.name}: sheet {name} is read, the only one with rows")
-    place = f"{source.name}:{name}" if source.part else source.name
-    cells = sheets.get(name, [])
-    for row, column in _without_values(source.path, name):
-        if row < len(cells) and column < len(cells[row]) and not cells[row][column]:
-            cells[row][column] = "#VALUE!"
-    yield from _table([(f"{place}:{i}", row) for i, row in enumerate(cells, 1)], source, notes)
 
 
 def _without_values(path: Path, sheet: str) -> Iterator[tuple[int, int]]:
@@ -981,12 +1192,50 @@ def _read_text(source: File, split: str, notes: list[str]) -> Iterator[Row | Pro
         yield from bad
         return
     text = "".join(map(str, lines)).replace("\r\n", "\n").strip()
+    if asked := _asked_in(text):
+        yield from (Row(f"{source.name}:{line}", row) for line, row in asked)
+        notes.append(
+            f"{source.name}: each question with its answer is a row; data.format: text trains both as they stand"
+        )
+        return
+    talkers = [mark[1] for mark in _MARK.finditer(text) if plain_name(mark[1]) in _TALKERS]
+    if len(talkers) >= 4 and len(set(talkers)) == 2:
+        seen = " and ".join(f"{name}:" for name in talkers[:2])
+        notes.append(f"{source.name}: has turns of {seen}, and is read as a text; for a chat, write rows of messages")
     pieces = _pieces(text)
     for i, piece in enumerate(pieces):
         yield Row(source.name if len(pieces) == 1 else f"{source.name}[{i}]", {"text": piece})
     if len(pieces) > 1:
         count = f"{len(text):,} characters in {len(pieces):,} rows"
         notes.append(f"{source.name}: {count}, cut between paragraphs, each of at most {_PIECE:,} characters")
+
+
+_MARK = re.compile(r"^[ \t#>*_-]*([^\W\d_]+)[ .]?\d*(?:\*\*|__)?[:：](?:\*\*|__)?[ \t]*", re.MULTILINE)
+_ABOVE = re.compile(r"\s*(?:#+ .*|[-*_]{3,}\s*)?")  # a heading or a rule above the next question
+
+
+def _asked_in(text: str) -> list[tuple[int, dict[str, Any]]]:
+    """Return the questions and answers of a text that is made of them (`Q: ... A: ...`), each pair with its line."""
+    found = [(mark, plain_name(mark[1])) for mark in _MARK.finditer(text)]
+    asks, says = ([m for m in found if m[1] in USUAL_NAMES[side] - _TALKERS] for side in ("prompt", "completion"))
+    marks = sorted([*asks, *says], key=lambda m: m[0].start())
+    alternate = len(asks) == len(says) > 1 and marks[::2] == asks and len({name for _, name in marks}) == 2
+    if not alternate or text[: marks[0][0].start()].strip().count("\n") > 2:
+        return []
+    ends = [*(mark.start() for mark, _ in marks[1:]), len(text)]
+    rows, line, before = [], 1, 0
+    for (ask, _), (say, _), end in zip(marks[::2], marks[1::2], ends[1::2]):
+        line, before = line + text.count("\n", before, ask.start()), ask.start()
+        prompt = text[ask.end() : say.start()].strip()
+        if prompt[-2:] in ("**", "__") and prompt.count(prompt[-2:]) % 2:  # it began before the mark
+            prompt = prompt[:-2].rstrip()
+        said = text[say.start() : end].split("\n")
+        while len(said) > 1 and _ABOVE.fullmatch(said[-1]):
+            said.pop()
+        answer = "\n".join(said).rstrip()
+        completion = answer[len(say[0]) :].strip()
+        rows.append((line, {"prompt": prompt, "completion": completion, "text": text[before : say.start()] + answer}))
+    return rows if all(all(row.values()) for _, row in rows) else []
 
 
 def _pieces(text: str) -> list[str]:
@@ -1071,6 +1320,21 @@ READERS: dict[str, _Read] = {
     ".tsv": _read_csv,
     **dict.fromkeys(_SHEETS, _read_sheets),
     **dict.fromkeys((".txt", ".md"), _read_text),
+}
+# What makes a file of another kind readable: {0} is the file, {1} its name without the suffix.
+_CONVERTED = {
+    **dict.fromkeys(
+        (".html", ".htm", ".docx", ".doc", ".rtf", ".odt", ".webarchive"),
+        "make a text of it: textutil -convert txt {0}, or: pandoc {0} -t plain -o {1}.txt",
+    ),
+    ".epub": "make a text of it: pandoc {0} -t plain -o {1}.txt",
+    ".pdf": "make a text of it: pdftotext {0} {1}.txt",
+    ".gz": "unpack it: gunzip -k {0}, and name {1}",
+    ".bz2": "unpack it: bunzip2 -k {0}, and name {1}",
+    ".zst": "unpack it: zstd -d {0}, and name {1}",
+    ".zip": "unpack it: unzip {0} -d {1}, and name a file of {1}",
+    **dict.fromkeys((".yaml", ".yml", ".py", ".pkl", ".arrow"), "write its rows as .jsonl, an object a line"),
+    ".numbers": "export it from Numbers as CSV",
 }
 _TEXTS = (".txt", ".md")
 _PARTS = (*_SHEETS, ".json")  # a part of such a file can be named

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,22 +20,23 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-import mlxft
-from mlxft.config import Config
-from mlxft.data.dataset import Encoded, encode, encode_completion, load_splits, plan_epoch, prompt_text, valid_source
+from mlxft.config import Config, DataSettings
+from mlxft.data.dataset import (
+    Encoded,
+    built_in_examples,
+    load_splits,
+    plan_epoch,
+    sample_rows,
+    sample_texts,
+    valid_source,
+)
 from mlxft.data.formats import (
-    Completion,
-    Conversation,
     Example,
-    Pair,
-    Prompt,
-    Ranked,
-    Text,
     convert,
     suggest_format,
     with_usual_names,
 )
-from mlxft.data.sources import Problem, read_rows
+from mlxft.data.sources import Problem, Row, read_rows
 from mlxft.errors import ConfigError, DataError, ExportError, MlxftError, ModelError
 from mlxft.files import save_arrays
 from mlxft.model.adapters import (
@@ -65,9 +66,14 @@ from mlxft.model.layers import (
     WeightForm,
     dense_weight,
     form_of,
+    low_rank_of,
+    measure_inputs,
     plain_layer,
     quantization_of,
     shift,
+    standing_in,
+    standins,
+    unpacked,
 )
 from mlxft.model.load import (
     Loaded,
@@ -82,7 +88,7 @@ from mlxft.model.load import (
 from mlxft.model.logits import Split, chunk_size
 from mlxft.objectives.rewards import reads_chat
 from mlxft.runs import find_adapter, open_run, runs_there
-from mlxft.text import home_path, parse_json
+from mlxft.text import aligned, home_path
 
 # --- sources ----------------------------------------------------------------------------------------------------------
 # Runs and adapter folders to fuse, each with a weight, and the base that they share.
@@ -252,14 +258,18 @@ def _trained_for(sources: Sequence[_Source]) -> tuple[int | None, list[str]]:
     return aware, [said.format(aware)] if aware else []
 
 
-def _attach_sources(loaded: Loaded, sources: Sequence[_Source]) -> list[LowRank]:
+def _attach_sources(loaded: Loaded, sources: Sequence[_Source], rounds: bool) -> list[LowRank]:
+    """Put what is fused onto its base, and return its layers, which know their inputs if they are to be rounded."""
     fingerprint = base_fingerprint(loaded)
     if _alone(sources):
         load_adapter(loaded.model, sources[0].folder, fingerprint)
     else:
         merge_adapters(loaded.model, [(s.folder, s.weight) for s in sources], fingerprint)
     loaded.model.eval()
-    return list(_low_rank(loaded.model).values())
+    layers = list(low_rank_of(loaded.model).values())
+    if rounds and any(isinstance(layer.base, QUANTIZED) for layer in layers):
+        measure_inputs(loaded.model, sample_texts(loaded.tokenizer))
+    return layers
 
 
 # --- probe ------------------------------------------------------------------------------------------------------------
@@ -270,7 +280,7 @@ def _attach_sources(loaded: Loaded, sources: Sequence[_Source]) -> list[LowRank]
 _TOKENS = 512  # of all probe rows together: enough to compare precisions, quick to compute
 # Instead of a file: the validation or training rows that the runs' recipes name.
 _VALID, _TRAIN = "valid", "train"
-_LONGEST = 256  # tokens of a row, so that no single row is the whole probe
+_STREAMED = 4096  # rows that are read of a stream
 
 
 @dataclass(frozen=True)
@@ -314,21 +324,23 @@ def find_probe(
         ConfigError, DataError: the file is missing, or has no usable row.
     """
     if file is None:
-        held = [c.data.valid if isinstance(c.data.valid, str) else c.data.train for c in configs if c.data.valid]
+        held = [(c.data.held_out or c.data.sources["train"]).path for c in configs if c.data.valid]
         hint = (
             [f"--probe {_VALID} measures on the run's own validation rows (of {', '.join(map(str, held))})"]
             if held
             else []
         )
-        return Probe(_encode(_built_in(scores), tokenizer, None, scores, budget), "built-in text", tuple(hint))
+        return Probe(
+            sample_rows(built_in_examples(scores), tokenizer, None, scores, budget), "built-in text", tuple(hint)
+        )
     if file not in (_VALID, _TRAIN):
         config = configs[0] if configs else None
-        rows = _encode(_file_examples(file, config, _chats(config, tokenizer)), tokenizer, config, scores, budget)
+        rows = sample_rows(_file_examples(file, config, _chats(config, tokenizer)), tokenizer, config, scores, budget)
         return Probe(rows, file)
     found: list[Encoded] = []
     for config in configs:
         if examples := _held_out(config, tokenizer) if file == _VALID else _learnt(config, tokenizer):
-            found += _encode(examples, tokenizer, config, scores, budget // len(configs))
+            found += sample_rows(examples, tokenizer, config, scores, budget // len(configs))
     what = {_VALID: "validation", _TRAIN: "training"}[file]
     if not found:
         seen = f"the run has no {what} rows" if configs else "no run is known here"
@@ -345,18 +357,24 @@ def _held_out(config: Config, tokenizer: Any) -> list[Example]:
     data = config.data
     if isinstance(data.valid, float):
         return load_splits(data, config.run.seed, tokenizer=tokenizer, mix=True)[1]
-    spec = valid_source(data)
-    if spec is None:
+    source = valid_source(data)
+    if source is None:
         return []
+    return _converted(read_rows(source.path, "valid"), data.of(source), config, tokenizer)
+
+
+def _converted(rows: Iterable[Row | Problem], data: DataSettings, config: Config, tokenizer: Any) -> list[Example]:
     skipped: list[Problem] | None = [] if data.bad_rows == "drop" else None
-    return convert(read_rows(spec, "valid"), data.format, data.fields, skipped, chat=_chats(config, tokenizer))
+    return convert(rows, data.format, data.fields, skipped, chat=_chats(config, tokenizer))
 
 
 def _learnt(config: Config, tokenizer: Any) -> list[Example]:
-    """Return a run's training rows, those of data.train."""
-    if config.data.stream:
-        raise ConfigError("the run streams its training rows (data.stream): name a file of some rows instead")
-    return load_splits(config.data, config.run.seed, tokenizer=tokenizer, mix=True)[0]
+    """Return a run's training rows, those of data.train; of a stream, which may not fit in memory, the first ones."""
+    data = config.data
+    if data.stream:
+        firsts = [(islice(read_rows(s.path, "train"), _STREAMED), data.of(s)) for s in data.sources.values()]
+        return [example for rows, read in firsts for example in _converted(rows, read, config, tokenizer)]
+    return load_splits(data, config.run.seed, tokenizer=tokenizer, mix=True)[0]
 
 
 def _file_examples(file: str, config: Config | None, chat: bool) -> list[Example]:
@@ -380,93 +398,6 @@ def _file_examples(file: str, config: Config | None, chat: bool) -> list[Example
             "completion, or prompt, chosen and rejected"
         )
     return convert(named, looks, chat=chat)
-
-
-def _built_in(scores: bool) -> list[Example]:
-    """Return the package's own rows: questions with completions, and reviews; for scores, pairs."""
-    folder = Path(mlxft.__file__).parent / "demo"
-    if scores:
-        return convert(read_rows(str(folder / "pairs.jsonl"), "valid"), "preference")
-    examples: list[Example] = []
-    lines = [(folder / name).read_text("utf-8").splitlines()[:60] for name in ("rows.jsonl", "reviews.jsonl")]
-    for i, (chat, review) in enumerate(zip(*(map(parse_json, part) for part in lines)), 1):
-        examples.append(Example(f"rows.jsonl:{i}", Completion(*(turn["content"] for turn in chat["messages"]))))
-        examples.append(Example(f"reviews.jsonl:{i}", Text(review["review"])))
-    return examples
-
-
-def _encode(
-    examples: Sequence[Example], tokenizer: Any, config: Config | None, scores: bool, budget: int = _TOKENS
-) -> list[Encoded]:
-    """Return randomly chosen rows, the same each time, of `budget` tokens together."""
-    order = list(examples)
-    random.Random(0).shuffle(order)
-    chat = config is None or config.data.template == "auto"
-    train_on = "all" if config is None else config.data.train_on or "assistant"
-    found: list[Encoded] = []
-    problem: DataError | None = None
-    spent = 0
-    for example in order:
-        try:
-            rows = _completions(example, tokenizer, chat) if scores else _texts(example, tokenizer, chat, train_on)
-            for row in (_cut(row, scores) for row in rows):
-                if row.trained.any() and (not found or spent + len(row.ids) <= budget):
-                    found.append(row)
-                    spent += len(row.ids)
-        except DataError as error:
-            problem = error
-        if spent >= budget - 16:
-            break
-    if not found:
-        raise problem or DataError("no row has a token that a model would predict")
-    return found
-
-
-def _cut(row: Encoded, scores: bool) -> Encoded:
-    """Keep at most _LONGEST tokens, around the first compared one; of a completion to be scored, the last ones."""
-    if len(row.ids) <= _LONGEST:
-        return row
-    first = int(np.argmax(row.trained))
-    start = len(row.ids) - _LONGEST if scores else max(0, min(first - _LONGEST // 2, len(row.ids) - _LONGEST))
-    trained = row.trained[start : start + _LONGEST].copy()
-    trained[0] = False
-    return Encoded(row.ids[start : start + _LONGEST], trained, row.where)
-
-
-def _texts(example: Example, tokenizer: Any, chat: bool, train_on: str) -> Iterator[Encoded]:
-    """Yield what the model would write: trained tokens of a text, a pair's chosen completion, or a whole prompt."""
-    where, item = example
-    if isinstance(item, Prompt):
-        given = item.prompt
-        if isinstance(given, str):
-            text = given
-        elif tokenizer.has_chat_template:
-            text = prompt_text(given, tokenizer, where=where)
-        else:
-            text = "\n".join(str(turn.get("content")) for turn in given)
-        yield from encode(Text(text), tokenizer, where, "all")
-    elif isinstance(item, (Conversation, Completion, Text)):
-        yield from encode(item, tokenizer, where, train_on, chat)
-    else:
-        yield next(_completions(example, tokenizer, chat))
-
-
-def _completions(example: Example, tokenizer: Any, chat: bool) -> Iterator[Encoded]:
-    """Yield completions as they are scored, each after its prompt."""
-    where, item = example
-    item = item.pairs[0] if isinstance(item, Ranked) else item
-    if isinstance(item, (Text, Prompt)):
-        raise DataError(f"{where}: has no completion to score")
-    prompt: Any = item.messages[:-1] if isinstance(item, Conversation) else item.prompt
-    completions: list[Any]
-    if isinstance(item, Conversation):
-        completions = [item.messages[-1]]
-    else:
-        completions = [item.chosen, item.rejected] if isinstance(item, Pair) else [item.completion]
-    for completion in completions:
-        row = encode_completion(prompt, completion, tokenizer, where, getattr(item, "tools", None), chat)
-        ids = np.concatenate([row.prompt, row.reply])
-        yield Encoded(ids, np.arange(len(ids)) >= max(1, len(row.prompt)), where)
 
 
 # --- fidelity ---------------------------------------------------------------------------------------------------------
@@ -584,59 +515,6 @@ def _batches(rows: list[Encoded]) -> Iterator[tuple[list[Encoded], mx.array]]:
         yield [rows[i] for i in slot.rows], mx.array(ids)
 
 
-class Standin(nn.Module):
-    """Replaces the layer `base` by one whose dense weight is computed at each use, so no second model is held."""
-
-    def __init__(self, base: nn.Module, weight: Callable[[], mx.array]) -> None:
-        super().__init__()
-        self._now = lambda: plain_layer(base, weight())
-        self._base = lambda: base
-        if "bias" in base:
-            self["bias"] = base["bias"]  # not by setattr, which would look it up in the base
-
-    def __call__(self, *args: Any, **options: Any) -> mx.array:
-        return self._now()(*args, **options)
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        """Apply the embedding as the output layer."""
-        return self._now().as_linear(x)
-
-    def __getattr__(self, key: str) -> Any:
-        if key == "weight":
-            return self._now().weight
-        return self[key] if key in self else getattr(self._base(), key)
-
-
-@contextmanager
-def standing_in(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Replace the modules at these paths inside the block."""
-    modules = dict(model.named_modules())
-    before = [(path, modules[path]) for path in layers]
-    model.update_modules(tree_unflatten(list(layers.items())))
-    try:
-        yield
-    finally:
-        model.update_modules(tree_unflatten(before))
-
-
-@contextmanager
-def unpacked(model: nn.Module) -> Iterator[None]:
-    """Compute with dequantised weights inside the block.
-
-    The function stays the same, all forms of a model are measured with the same arithmetic, and on a CPU it is 10
-    times as fast as products of packed weights.
-    """
-    aware = standins(model, {path: m.form for path, m in _low_rank(model).items() if m.form is not None})
-    inside = tuple(f"{path}." for path in aware)
-    packed = {
-        path: Standin(m, partial(dense_weight, m))
-        for path, m in model.named_modules()
-        if isinstance(m, QUANTIZED) and not path.startswith(inside)
-    }
-    with standing_in(model, packed | aware):
-        yield
-
-
 # --- precision --------------------------------------------------------------------------------------------------------
 # The bits of each fused layer: the fewest that keep as much of the adaptation as --keep asks for.
 #
@@ -649,10 +527,6 @@ _BITS = (2, 3, 4, 5, 6, 8)
 
 
 _Forms = dict[str, WeightForm]  # path of a fused layer -> its form
-
-
-def _low_rank(model: nn.Module) -> dict[str, LowRank]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, LowRank)}
 
 
 def _form(base: nn.Module, bits: int | None = None) -> WeightForm | None:
@@ -669,7 +543,7 @@ def uniform(model: nn.Module, bits: int | None) -> _Forms:
         ExportError: a layer cannot have this many bits.
     """
     forms: _Forms = {}
-    for path, module in _low_rank(model).items():
+    for path, module in low_rank_of(model).items():
         form = _form(module.base, bits) if module.form is None or bits == 0 else module.form
         if module.form is not None and bits not in (None, 0, module.form.bits):
             raise ExportError(
@@ -688,7 +562,7 @@ def uniform(model: nn.Module, bits: int | None) -> _Forms:
 
 def _fused_layers(model: nn.Module, forms: _Forms, dequantize: bool) -> dict[str, nn.Module]:
     """Return the layers that replace the model's; nothing is computed yet."""
-    fused = {path: forms[path].layer(m) for path, m in _low_rank(model).items()}
+    fused = {path: forms[path].layer(m) for path, m in low_rank_of(model).items()}
     if dequantize:
         inside = tuple(f"{path}." for path in fused)
         for path, module in model.named_modules():
@@ -697,20 +571,11 @@ def _fused_layers(model: nn.Module, forms: _Forms, dequantize: bool) -> dict[str
     return fused
 
 
-def standins(model: nn.Module, forms: _Forms) -> dict[str, nn.Module]:
-    """Return the fused layers in these forms, each computed at each use."""
-
-    def standin(layer: LowRank, form: WeightForm) -> Standin:
-        return Standin(layer.base, lambda: dense_weight(form.layer(layer)))
-
-    return {path: standin(layer, forms[path]) for path, layer in _low_rank(model).items() if path in forms}
-
-
 def _steps(model: nn.Module) -> tuple[_Forms, list[tuple[str, WeightForm]]]:
     """Return all fused layers as their bases are, and single steps up, the one with most noise per byte first."""
     start: _Forms = {}
     steps: list[tuple[float, str, WeightForm]] = []
-    for path, module in _low_rank(model).items():
+    for path, module in low_rank_of(model).items():
         base, own = module.base, _form(module.base)
         assert own is not None
         if not own.bits or not mx.any(shift(module)).item():
@@ -1037,15 +902,12 @@ class Fused:
             f"measured on {what} ({self.probe.source}); from the adapted model to its base:",
             f"{whole} {self.whole.agreement:.1%}",
         ]
-        rows = [(" ", "fused layers", "weights", unit, "kept", same)]
+        rows = [("  fused layers", "weights", unit, "kept", same)]
         for trial in sorted(self.trials, key=lambda t: t.bytes):
             gap, kept = trial.gap, "-" if trial.kept is None else f"{trial.kept:.1%}"
             found = (f"{trial.bytes / 1e6:,.1f} MB", f"{gap.divergence:.3g}", kept, f"{gap.agreement:.1%}")
-            rows.append(("*" if trial is self.chosen else " ", trial.name, *found))
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        for mark, name, *cells in rows:
-            numbers = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[2:]))
-            lines.append(f"{mark} {name.ljust(widths[1])}  {numbers}".rstrip())
+            rows.append((f"{'*' if trial is self.chosen else ' '} {trial.name}", *found))
+        lines += aligned(rows)
         if self.chosen.kept is None:
             lines.append("the adapter changes nothing on these rows: there is nothing to keep")
         return lines
@@ -1157,7 +1019,7 @@ def fuse_sources(
     segments, calibrated = _segments(configs, loaded, rows, meter.probe) if recipe else (None, [])
     tell("measuring the base")
     before = meter.read()
-    layers = _attach_sources(loaded, sources)
+    layers = _attach_sources(loaded, sources, rounds=not (recipe or dequantize))
     tell("measuring the adapted model")
     adapted = meter.read()
     whole = meter.gap(adapted, before)

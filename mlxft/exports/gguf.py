@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from mlxft.errors import CheckpointError, ConfigError, ExportError
 from mlxft.exports.fuse import find_probe, recipe_of
 from mlxft.exports.llama_cpp import (
     HOW,
+    KEPT,
     QUANTISED,
     Fidelity,
     Importance,
@@ -29,11 +31,11 @@ from mlxft.exports.llama_cpp import (
     quantise,
     write_importance,
 )
-from mlxft.files import check_file, is_stream, note, temporary, write_beside
+from mlxft.files import check_file, explained, is_stream, note, temporary, write_beside
 from mlxft.model import gguf
-from mlxft.model.adapters import read_adapter_config, trainable_weights
+from mlxft.model.adapters import read_adapter_config, trained_weights
 from mlxft.model.folder import check_space, check_unused, foreign
-from mlxft.model.layers import LEAVES, QUANTIZED, LoRALinear, LoRASwitchLinear, LowRank, dense_weight
+from mlxft.model.layers import INPUTS, LEAVES, QUANTIZED, LoRALinear, LoRASwitchLinear, LowRank, dense_weight
 from mlxft.model.load import ALIASES, Loaded, resolve
 from mlxft.runs import find_adapter, load_run
 from mlxft.text import parse_json
@@ -430,7 +432,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 _BLOCK = 32  # numbers that share a scale in packed kinds
 # Bytes of a block in the packed kinds that the gguf package writes; of a number in the others.
 _PACKED = {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18}
-_KEPT = "mxfp4"  # gpt-oss' experts, which stay what they are
+_KEPT = KEPT.lower()
 _BLOCKS = {**_PACKED, _KEPT: 17}
 _FLOATS = {"f32": 4, "f16": 2, "bf16": 2}
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, **QUANTISED}  # general.file_type
@@ -526,7 +528,7 @@ def _adapter_tensors(
     if tuned != "lora":
         what = "DoRA rescales rows of the base" if tuned == "dora" else "it was fully fine-tuned"
         raise ExportError(f"--lora: {folder}: {what}, which a .gguf adapter cannot express; {_WHOLE}")
-    trained = [n for n in trainable_weights(loaded.model) if n.rpartition(".")[2] not in LEAVES]
+    trained = [n for n in trained_weights(loaded.model) if n.rpartition(".")[2] not in (*LEAVES, INPUTS)]
     if trained:
         raise ExportError(
             f"--lora: {trained[0]} was trained whole, and a .gguf adapter holds low-rank updates only; {_WHOLE}"
@@ -551,7 +553,14 @@ def _adapter_tensors(
         raise ExportError("--lora: the adapter's scale is 0, so it does nothing, and llama.cpp would read 0 as 1")
     assert not scales | ranks, "an adapter has one scale and one rank"
     metadata = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(scale * rank)}
-    return tensors, metadata, [f"use it on the base: llama-cli -m BASE.gguf --lora FILE ({len(tensors) // 2} layers)"]
+    base = loaded.path.name if loaded.path is not None and loaded.path.suffix == ".gguf" else "BASE.gguf"
+    said = [f"use it on the base: llama-cli -m {base} --lora FILE ({len(tensors) // 2} layers)"]
+    if any(layer.form is not None for layer in modules.values() if isinstance(layer, LowRank)):
+        said.append(
+            "trained with rounded weights (tune.quantize_aware), as llama.cpp does not round them with --lora: the "
+            "model that was trained is written without --lora"
+        )
+    return tensors, metadata, said
 
 
 def _pairs(
@@ -575,92 +584,145 @@ def _pairs(
 
 _MADE_BY = "mlxft.version"  # key of the metadata that marks a file as ours
 _IMPORTANT = 32_768  # tokens of an importance matrix
+_SOURCE = "f16"  # what llama.cpp's quantiser is given
 
 
 @dataclass(frozen=True)
 class GgufForm:
-    """What a .gguf file is to hold.
+    """What .gguf files of a model are to hold.
 
     Attributes:
-        kind: of the matrices: f32, f16, bf16, or one of QUANTISED; vectors are always f32.
+        kinds: of the matrices, a file each: f32, f16, bf16, or one of QUANTISED; vectors are always f32.
         lora: the adapter alone, for llama.cpp's --lora.
         imatrix: rows by whose importance matrix llama.cpp rounds: a file, "train" or "valid" for the run's own.
-        measure: whether the file is compared with the model in float, in llama.cpp.
+        measure: whether the files are compared with the model in float, in llama.cpp.
         probe: rows to measure on, as for `fuse`.
     """
 
-    kind: str = "f16"
+    kinds: tuple[str, ...]
     lora: bool = False
     imatrix: str | None = None
     measure: bool = False
     probe: str | None = None
 
-    @property
-    def is_direct(self) -> bool:
-        """Whether the file is written here, not by llama.cpp's quantiser."""
-        return self.kind in _FLOATS or self.kind == "q8_0" or (self.kind in _PACKED and find_quantiser() is None)
+    @classmethod
+    def of(cls, kind: str | Sequence[str], **others: Any) -> GgufForm:
+        """Return the form of one or several kinds, checked.
 
-    def check(self) -> None:
-        """Raise an ExportError for what cannot be written."""
-        kind = self.kind
-        if kind not in _FILE_TYPES:
-            raise ExportError(f"type {kind!r} is not written as .gguf, only {', '.join(_FILE_TYPES)}")
-        if self.lora and kind not in _FLOATS:
-            what = f"not {kind}: its rows are too short to pack"
-            raise ExportError(f"a .gguf adapter is written as f16, bf16 or f32, {what}")
+        Raises:
+            ExportError: it cannot be written.
+        """
+        form = cls(tuple(dict.fromkeys([kind] if isinstance(kind, str) else kind)), **others)
+        form._check()
+        return form
+
+    def files(self, out: Path) -> dict[str, Path]:
+        """Return the file of each kind: `out`, or if there are several one beside it with the kind in its name."""
+        several = len(self.kinds) > 1
+        return {kind: out.with_name(f"{out.stem}-{kind}{out.suffix}") if several else out for kind in self.kinds}
+
+    def _check(self) -> None:
+        for kind in self.kinds:
+            if kind not in _FILE_TYPES:
+                raise ExportError(f"type {kind!r} is not written as .gguf, only {', '.join(_FILE_TYPES)}")
+            if self.lora and kind not in _FLOATS:
+                what = f"not {kind}: its rows are too short to pack"
+                raise ExportError(f"a .gguf adapter is written as f16, bf16 or f32, {what}")
+            if not _is_direct(kind) and find_quantiser() is None:
+                known = ", ".join((*_FLOATS, *_PACKED))
+                raise ExportError(
+                    f"type {kind!r} needs llama.cpp's quantiser, not found here: {HOW}. Without it: {known}"
+                )
         if self.lora and (self.imatrix or self.measure):
             raise ExportError("--imatrix and --measure are for a whole model: leave them out, or --lora")
-        if not self.is_direct and find_quantiser() is None:
-            known = ", ".join((*_FLOATS, *_PACKED))
-            raise ExportError(f"type {kind!r} needs llama.cpp's quantiser, not found here: {HOW}. Without it: {known}")
-        if self.imatrix and self.is_direct:
-            unused = kind in _FLOATS or kind == "q8_0"
-            why = f"which {kind} is not made with" if unused else f"not found here: {HOW}"
+        if self.imatrix and all(map(_is_direct, self.kinds)):
+            unused = any(kind in _FLOATS or kind == "q8_0" for kind in self.kinds)
+            why = f"which {self.kinds[0]} is not made with" if unused else f"not found here: {HOW}"
             raise ExportError(f"--imatrix is for llama.cpp's quantiser, {why}")
+
+
+def _is_direct(kind: str) -> bool:
+    """Return whether a kind is written here, not by llama.cpp's quantiser."""
+    return kind in _FLOATS or kind == "q8_0" or (kind in _PACKED and find_quantiser() is None)
+
+
+class Exported(list[str]):
+    """What was done, a sentence each; `figures` has the files, and what was measured."""
+
+    def __init__(self, lines: Sequence[str], figures: dict[str, Any]) -> None:
+        super().__init__(lines)
+        self.figures = figures
 
 
 def export_gguf(
     run: Path,
     out: Path,
     *,
+    kind: str | Sequence[str] = "f16",
     model: str | None = None,
     overwrite: bool = False,
     tell: Callable[[str], object] = lambda text: None,
     **form: Any,
-) -> list[str]:
-    """Write a run, an adapter on its base, or any model that mlxft loads as a .gguf file.
+) -> Exported:
+    """Write a run, an adapter on its base, or any model that mlxft loads as a .gguf file, or one of each kind.
 
     Args:
         run: a run or adapter folder, a model folder, a .gguf file, a hub id or an alias.
-        out: the file, ending in .gguf.
+        out: the file, ending in .gguf; with several kinds, NAME.gguf stands for NAME-KIND.gguf of each.
         model: the base, if the adapter does not name it or it has moved.
-        overwrite: replace `out` if it is a .gguf file that mlxft wrote.
+        overwrite: replace a .gguf file that mlxft wrote.
         tell: called with what is being done.
-        form: the fields of GgufForm.
-    Returns:
-        What was done, a sentence each.
+        kind, form: the fields of GgufForm.
     Raises:
-        ConfigError: `out` may not be written, or there are no rows to measure on.
+        ConfigError: a file may not be written, or there are no rows to measure on.
         ExportError: .gguf cannot hold the architecture, tokenizer, adapter or kind; or there is no space.
         ModelError: the model is missing, or the adapter has another base.
     """
-    wanted = GgufForm(**form)
-    wanted.check()
-    _check_output(out, overwrite)
+    wanted = GgufForm.of(kind, **form)
+    if out.suffix != ".gguf":
+        raise ConfigError(f"{out}: the file's name must end in .gguf, which other programs expect; try {out}.gguf")
+    files = wanted.files(out)
+    for file in files.values():
+        _check_output(file, overwrite)
     loaded = open_model(run, model)
-    check_unused(out, [loaded.path])
-    said = write_gguf(run, loaded, out, wanted, tell)
-    note(out)
-    return said
+    for file in files.values():
+        check_unused(file, [loaded.path])
+    done = write_gguf(run, model, loaded, files, wanted, tell)
+    for file in files.values():
+        note(file)
+    if len(files) == 1 and not wanted.lora:
+        done.append(f"next: llama-cli -m {out}")
+    return done
 
 
-def write_gguf(
-    run: Path, loaded: Loaded, out: Path, form: GgufForm, tell: Callable[[str], object] = lambda text: None
-) -> list[str]:
-    """Write an adapter alone, or a whole model with its adapter fused; see `export_gguf`. The model is used up."""
+class _Content(NamedTuple):
+    """What a file of one kind holds, and what there is to say of it; its tensors are read when it is filled."""
+
+    arch: gguf.Architecture
+    metadata: dict[str, Any]
+    tensors: list[_Tensor]
+    said: list[str]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.bytes for t in self.tensors)
+
+    @property
+    def uneven(self) -> list[int]:
+        """Lengths of rows that K types, which pack 256 weights at a time, have no place for."""
+        widths = {t.shape[-1] for t in self.tensors if t.name.startswith("blk.") and len(t.shape) > 1}
+        return sorted(width for width in widths if width % 256)
+
+    def fill(self, file: Path) -> None:
+        """Write the file. The model that it is read from is used up."""
+        # The rope's tensors first, as llama.cpp's converter writes them.
+        ordered = sorted(self.tensors, key=lambda t: t.name not in gguf.ROPE_TENSORS)
+        _fill(file, arch=self.arch.name, metadata=self.metadata, tensors=ordered)
+
+
+def _content(run: Path, loaded: Loaded, kind: str, form: GgufForm) -> _Content:
     arch = _family(loaded.config)
     name = (run.stem if run.suffix == ".gguf" else run.resolve().name) or arch.name
-    kind = form.kind if form.is_direct else "f16"
     metadata = {
         _MADE_BY: __version__,  # first, so that the head of the file shows it
         "general.type": "model",
@@ -670,48 +732,114 @@ def write_gguf(
     }
     if form.lora:
         tensors, own, said = _adapter_tensors(run, loaded, arch, kind)
-    else:
-        get = gguf.getter(loaded.config, _args(loaded.model))
-        tensors, said = _model_tensors(loaded.model, arch, get, kind, keep=form.is_direct and kind != "f32")
-        rows = next(t.shape[0] for t in tensors if t.name == "token_embd.weight")
-        own = {f"{arch.name}.vocab_size": rows, **_settings(arch, get), **vocabulary(loaded.tokenizer, rows, arch.name)}
-        said += _notes(loaded, own, tensors)
-    size = sum(t.bytes for t in tensors)
-    bits = int(next(c for c in form.kind if c.isdigit()))
-    check_space(out, size if form.is_direct else size + size * (bits + 1) // 16)
-    matrix, fidelity = _looked_at(run, loaded, arch, form, said, tell)
-    # The rope's tensors first, as llama.cpp's converter writes them.
-    ordered = sorted(tensors, key=lambda t: t.name not in gguf.ROPE_TENSORS)
-    fill = partial(_fill, arch=arch.name, metadata=metadata | own, tensors=ordered)
-    tell("writing")
-    try:
-        write_beside(out, fill if form.is_direct else partial(_quantised, out, fill, form.kind, matrix, tell))
-    except CheckpointError as error:
-        raise ExportError(f"{out}: writing failed, nothing is left of it: {error.__cause__}") from error
-    said.insert(0, f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB, {len(tensors)} tensors, {form.kind})")
-    if form.kind in _PACKED and form.kind != "q8_0" and form.is_direct:
-        said.append(f"every matrix is {form.kind}; llama.cpp's quantiser keeps some finer: {HOW}")
-    widths = sorted({t.shape[-1] for t in tensors if t.name.startswith("blk.") and len(t.shape) > 1})
-    if not form.is_direct and ("_k" in form.kind or form.kind == "iq4_xs") and any(width % 256 for width in widths):
-        uneven = ", ".join(str(width) for width in widths if width % 256)
-        said.append(f"{form.kind} packs 256 weights at a time: llama.cpp keeps rows of {uneven} in larger types")
+        return _Content(arch, metadata | own, tensors, said)
+    get = gguf.getter(loaded.config, _args(loaded.model))
+    tensors, said = _model_tensors(loaded.model, arch, get, kind)
+    rows = next(t.shape[0] for t in tensors if t.name == "token_embd.weight")
+    own = {f"{arch.name}.vocab_size": rows, **_settings(arch, get), **vocabulary(loaded.tokenizer, rows, arch.name)}
+    return _Content(arch, metadata | own, tensors, said + _notes(loaded, own, tensors))
+
+
+def write_gguf(
+    run: Path,
+    model: str | None,
+    loaded: Loaded,
+    files: Mapping[str, Path],
+    form: GgufForm,
+    tell: Callable[[str], object] = lambda text: None,
+) -> Exported:
+    """Write an adapter alone, or a whole model with its adapter fused; see `export_gguf`. The model is used up.
+
+    Args:
+        files: where each kind goes, all in one folder.
+    """
+    direct = [kind for kind in files if _is_direct(kind)]
+    quantised = [kind for kind in files if kind not in direct]
+    floats = [_SOURCE] if quantised and _SOURCE not in direct else []
+    planned = {kind: _content(run, loaded, kind, form) for kind in [*direct, *floats]}
+    plan, out = [*planned.values()][-1], next(iter(files.values()))
+    need = sum(content.bytes for content in planned.values())
+    for kind in quantised:
+        bits = int(next(c for c in kind if c.isdigit())) + (3 if plan.uneven else 1)
+        need += planned[_SOURCE].bytes * min(bits, 16) // 16
+    check_space(out, need)
+    matrix, fidelity, figures = _looked_at(run, loaded, plan.arch, form, tell)
+    alone = _beside_the_base(loaded) if any(kind not in _FLOATS for kind in files) else []
+    first = iter([True])  # each file uses a model up
+
+    def fill(kind: str, file: Path) -> None:
+        tell(f"writing {kind}")
+        content = planned[kind] if next(first, False) else _content(run, open_model(run, model), kind, form)
+        content.fill(file)
+
+    for kind in direct:
+        with _failing(files[kind]):
+            write_beside(files[kind], partial(fill, kind))
+    if quantised:
+        _quantised({kind: files[kind] for kind in quantised}, files.get(_SOURCE), partial(fill, _SOURCE), matrix, tell)
+    found: list[dict[str, Any]] = [
+        {"path": str(file), "type": kind, "bytes": file.stat().st_size} for kind, file in files.items()
+    ]
+    said = [
+        f"wrote {file['path']} ({file['bytes'] / 1e6:,.1f} MB, {len(plan.tensors)} tensors, {file['type']})"
+        for file in found
+    ]
+    said += [*plan.said, *_about_kinds(plan, direct, quantised)]
+    if seen := figures.get("imatrix"):
+        said.append(f"importance matrix of {seen['tokens']:,} tokens in {seen['rows']:,} rows ({seen['source']})")
     if fidelity is not None:
-        tell("measuring in llama.cpp")
-        said += fidelity.lines(out, form.kind)
-    elif form.kind not in _FLOATS:
+        for file in found:
+            tell(f"measuring {file['type']} in llama.cpp")
+            file |= fidelity.measure(Path(file["path"]))
+        said += fidelity.lines(found)
+    elif any(kind not in _FLOATS for kind in files):
         said.append("what the type costs is not measured: --measure does, in llama-cpp-python (mlxft[llama-cpp])")
+    return Exported(said + alone, {"files": found, **figures})
+
+
+def _beside_the_base(loaded: Loaded) -> list[str]:
+    """Say that an adapter on a .gguf file loses nothing if it stays an adapter."""
+    low_rank = [m for m in loaded.model.modules() if isinstance(m, LowRank)]
+    plain = all(isinstance(m, LoRALinear | LoRASwitchLinear) and m.form is None and "m" not in m for m in low_rank)
+    if not low_rank or not plain or loaded.path is None or loaded.path.suffix != ".gguf":
+        return []
+    return [f"the base is a .gguf file, {loaded.path.name}: the adapter alone (--lora), used beside it, is not rounded"]
+
+
+def _about_kinds(plan: _Content, direct: Sequence[str], quantised: Sequence[str]) -> list[str]:
+    """Say where matrices are not in the type that was asked for, or all of them are."""
+    said = []
+    if coarse := [kind for kind in direct if kind in _PACKED and kind != "q8_0"]:
+        said.append(f"every matrix is {' or '.join(coarse)}; llama.cpp's quantiser keeps some finer: {HOW}")
+    uneven = ", ".join(map(str, plan.uneven))
+    if uneven and (wide := [kind for kind in quantised if "_k" in kind or kind == "iq4_xs"]):
+        packs = "packs" if len(wide) == 1 else "pack"
+        said.append(
+            f"{', '.join(wide)} {packs} 256 weights at a time: llama.cpp keeps rows of {uneven} in larger types"
+        )
     return said
 
 
+@contextmanager
+def _failing(out: Path) -> Iterator[None]:
+    """Turn a failure to write a file into an ExportError that names the reason."""
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        reason = error.__cause__ or explained(error, out.parent)
+        raise ExportError(f"{out}: writing failed, nothing is left of it: {reason}") from error
+
+
 def _looked_at(
-    run: Path, loaded: Loaded, arch: gguf.Architecture, form: GgufForm, said: list[str], tell: Callable[[str], object]
-) -> tuple[tuple[dict[str, Importance], int], Fidelity | None]:
-    """Return the importance matrix with its number of tokens, and what the file is compared with, as asked for."""
+    run: Path, loaded: Loaded, arch: gguf.Architecture, form: GgufForm, tell: Callable[[str], object]
+) -> tuple[tuple[dict[str, Importance], int], Fidelity | None, dict[str, Any]]:
+    """Return the importance matrix with its number of tokens, what files are compared with, and figures of both."""
     configs = [config for config in [recipe_of(run)] if config is not None]
-    fidelity, matrix, tokens = None, dict[str, Importance](), 0
+    fidelity, matrix, tokens, figures = None, dict[str, Importance](), 0, dict[str, Any]()
     if form.measure:
         tell("measuring the model in float")
         fidelity = Fidelity(loaded, find_probe(configs, loaded.tokenizer, form.probe))
+        figures |= fidelity.to_json()
     if form.imatrix:
         rows = find_probe(configs, loaded.tokenizer, form.imatrix, budget=_IMPORTANT, option="--imatrix")
         tokens = sum(len(row.ids) for row in rows.rows)
@@ -722,33 +850,36 @@ def _looked_at(
             for layout in (y for y in arch.layouts(name) if y.axis == -1):  # the inputs' order in the file
                 sums = layout.out(sums, get)
             matrix[name] = part._replace(sums=np.array(sums))
-        said.append(f"importance matrix of {tokens:,} tokens in {len(rows.rows):,} rows ({rows.source})")
-    return (matrix, tokens), fidelity
+        figures["imatrix"] = {"source": rows.source, "rows": len(rows.rows), "tokens": tokens}
+    return (matrix, tokens), fidelity, figures
 
 
 def _quantised(
-    out: Path,
+    files: Mapping[str, Path],
+    source: Path | None,
     fill: Callable[[Path], None],
-    kind: str,
     matrix: tuple[dict[str, Importance], int],
     tell: Callable[[str], object],
-    part: Path,
 ) -> None:
-    """Write floats beside `out`, which llama.cpp quantises to `part`; nothing of them is left."""
+    """Let llama.cpp quantise `source` to each file; without one, floats beside them, which are removed."""
+    out = next(iter(files.values()))
     floats, weighed = (temporary(out.with_name(f"{what}-{out.name}")) for what in ("floats", "imatrix"))
     try:
-        fill(floats)
-        if matrix[0]:
-            write_importance(weighed, *matrix)
-        quantise(floats, part, kind, weighed if matrix[0] else None, tell)
+        with _failing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if source is None:
+                fill(floats)
+            if matrix[0]:
+                write_importance(weighed, *matrix)
+        for kind, file in files.items():
+            with _failing(file):
+                write_beside(file, partial(quantise, source or floats, kind, weighed if matrix[0] else None, tell))
     finally:
         floats.unlink(missing_ok=True)
         weighed.unlink(missing_ok=True)
 
 
 def _check_output(out: Path, overwrite: bool) -> None:
-    if out.suffix != ".gguf":
-        raise ConfigError(f"{out}: the file's name must end in .gguf, which other programs expect; try {out}.gguf")
     check_file(out, overwrite, "OUT")
     if is_stream(out):
         raise ConfigError(f"{out}: is a device or a pipe, which a .gguf cannot be written to; give a file's name")
@@ -797,9 +928,9 @@ def _fitting_name(name: str, tokenizer: Any) -> str:
 
 
 def _model_tensors(
-    model: nn.Module, arch: gguf.Architecture, get: gguf.Get, kind: str, keep: bool
+    model: nn.Module, arch: gguf.Architecture, get: gguf.Get, kind: str
 ) -> tuple[list[_Tensor], list[str]]:
-    """Return all tensors of a model in llama.cpp's names and layout, and notes; with `keep`, MXFP4 stays what it is."""
+    """Return all tensors of a model in llama.cpp's names and layout, and notes. But for f32, MXFP4 stays what it is."""
     modules = dict(model.named_modules())
     packed = sum(isinstance(m, QUANTIZED) for m in modules.values())
     adapted = sum(isinstance(m, LowRank) for m in model.modules())
@@ -818,7 +949,7 @@ def _model_tensors(
                     "use f16 or bf16"
                 )
             base = modules[ours.rpartition(".")[0]]
-            if keep and name.endswith("_exps.weight") and getattr(base, "mode", None) == _KEPT:
+            if kind != "f32" and name.endswith("_exps.weight") and getattr(base, "mode", None) == _KEPT:
                 tensors.append(_Tensor(name, stored, _KEPT, partial(_kept, base)))
             else:
                 tensors.append(_Tensor(name, stored, own, partial(read, at, own)))

@@ -187,9 +187,10 @@ def front_matter(facts: Facts) -> ModelCardData:
     if config:
         method = facts.method or config.tune.method
         tags += [_method(config), *([] if method == "full" else [method])]
-        paths = [source.path for source in config.data.sources.values()]
-        sets = [*(p for path in paths for p in ([path] if isinstance(path, str) else path)), config.data.valid]
-        datasets = list(dict.fromkeys(s for d in sets if isinstance(d, str) and (s := dataset_id(d))))
+        held_out = config.data.held_out
+        paths = [source.path for source in (*config.data.sources.values(), *([held_out] if held_out else []))]
+        sets = [p for path in paths for p in ([path] if isinstance(path, str) else path)]
+        datasets = list(dict.fromkeys(s for d in sets if (s := dataset_id(d))))
     return ModelCardData(
         library_name=library,
         pipeline_tag="text-classification" if facts.scores else "text-generation",
@@ -311,9 +312,10 @@ def _training(config: Config, events: Sequence[_Event]) -> str:
         rows.append(("went on from", f"the run or adapter {code(Path(config.model.adapter).name)}"))
     rows.append(("data", _data(config.data.train)))
     rows += [(f"mixed in: {code(k)}", f"{_data(v.path)}, weight {v.weight:g}") for k, v in config.data.mix.items()]
-    if config.data.valid is not None:
-        share = isinstance(config.data.valid, float)
-        rows.append(("validation", f"{config.data.valid:.3g} of the rows" if share else _data(str(config.data.valid))))
+    if isinstance(config.data.valid, float):
+        rows.append(("validation", f"{config.data.valid:.3g} of the rows"))
+    elif (held_out := config.data.held_out) is not None:
+        rows.append(("validation", _data(held_out.path)))
     counts = start.get("data") or {}
     for name, v in counts.items():
         rows.append(

@@ -19,10 +19,12 @@ import numpy as np
 
 from mlxft.data.dataset import Encoded
 from mlxft.errors import ExportError, missing_extra
-from mlxft.exports.fuse import Meter, Probe, Standin, standing_in, unpacked
+from mlxft.exports.fuse import Meter, Probe
+from mlxft.files import explained
 from mlxft.model.gguf import read_gguf_header
-from mlxft.model.layers import LINEAR, SWITCH, LowRank
+from mlxft.model.layers import LINEAR, SWITCH, LowRank, Recorder, Standin, standing_in, unpacked
 from mlxft.model.load import Loaded
+from mlxft.text import aligned
 
 # --- quantiser --------------------------------------------------------------------------------------------------------
 # llama-quantize of llama.cpp, or the same function in the library of llama-cpp-python.
@@ -32,13 +34,14 @@ from mlxft.model.load import Loaded
 # Type -> its number in llama.h (llama_ftype).
 QUANTISED = {"q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q5_k_s": 16, "q4_k_m": 15, "q4_k_s": 14, "q3_k_m": 12, "q2_k": 10}
 QUANTISED |= {"iq4_nl": 25, "iq4_xs": 30, "q5_1": 9, "q5_0": 8, "q4_1": 3, "q4_0": 2}
+KEPT = "MXFP4"  # of gpt-oss' experts, which stay what they are
 HOW = "brew install llama.cpp, or pip install 'mlxft[llama-cpp]'"
 _TENSOR = re.compile(r"\[ *(\d+)/ *(\d+)\]")
 _LAST = 5  # lines of a failed quantiser that are shown
 
 
 def find_quantiser() -> list[str] | None:
-    """Return the command that quantises a file: SOURCE OUT TYPE [MATRIX]; None if llama.cpp is not here."""
+    """Return the command that quantises a file: SOURCE OUT TYPE MATRIX KEPT; None if llama.cpp is not here."""
     if tool := shutil.which("llama-quantize"):
         return [tool]
     if importlib.util.find_spec("llama_cpp") is None:
@@ -49,37 +52,47 @@ def find_quantiser() -> list[str] | None:
     return [sys.executable, "-c", code]
 
 
-def quantise(source: Path, out: Path, kind: str, matrix: Path | None, tell: Callable[[str], object]) -> None:
+def quantise(source: Path, kind: str, matrix: Path | None, tell: Callable[[str], object], out: Path) -> None:
     """Write `source`, a .gguf of floats, as `out` in another type; all files are in one folder.
+
+    Tensors in MXFP4 are copied: llama.cpp would refuse to quantise them again.
 
     Args:
         kind: a key of QUANTISED.
         matrix: file of an importance matrix.
     Raises:
         ExportError: there is no quantiser, or it failed.
+        OSError: it failed because the disk is full.
     """
     command = find_quantiser()
     if command is None:
         raise ExportError(f"type {kind!r} needs llama.cpp's quantiser: {HOW}")
     # By names in their folder: llama-quantize records the matrix's path in the file, which goes to others.
     files = [source.name, out.name, kind.upper()]
+    names = [re.escape(name) for name, entry in read_gguf_header(source)[1].items() if entry.kind == KEPT]
+    kept = f"^({'|'.join(names)})$" if names else ""
     if len(command) == 1:
-        command += [*(["--imatrix", matrix.name] if matrix else []), *files]
+        options = (("--imatrix", matrix.name if matrix else ""), ("--tensor-type", kept and f"{kept}={KEPT}"))
+        command += [part for name, value in options if value for part in (name, value)] + files
     else:
-        command += [*files, *([matrix.name] if matrix else [])]
+        command += [*files, matrix.name if matrix else "", kept]
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     last: list[str] = []
     with subprocess.Popen(command, cwd=source.parent, text=True, errors="replace", **pipes) as process:
         try:
             for line in process.stdout or ():
-                last = [*last, line.strip()][-_LAST:]
-                if found := _TENSOR.search(line):
+                found = _TENSOR.search(line)
+                before = last[:-1] if found and last and _TENSOR.search(last[-1]) else last
+                last = [*before, " ".join(line.split())][-_LAST:]
+                if found:
                     tell(f"llama.cpp quantises tensor {found[1]} of {found[2]}")
         except BaseException:
             process.kill()
             raise
     if process.returncode != 0:
-        raise ExportError(f"llama.cpp failed to write {kind} (exit code {process.returncode}): {' | '.join(last)}")
+        failed = f"llama.cpp failed to write {kind} (exit code {process.returncode}): {' | '.join(filter(None, last))}"
+        reason = explained(OSError(failed), out.parent)
+        raise reason if reason.args != (failed,) else ExportError(failed)
 
 
 def library() -> Any:
@@ -96,18 +109,24 @@ def library() -> Any:
         raise ExportError(f"llama-cpp-python's library cannot be loaded: {error}") from error
 
 
-def quantise_here(source: str, out: str, kind: str, matrix: str = "") -> None:
+def quantise_here(source: str, out: str, kind: str, matrix: str, kept: str) -> None:
     """Quantise by llama-cpp-python's library in this process, which exits with llama.cpp's code."""
+    from gguf import GGMLQuantizationType
+
     llama = library()
     options = llama.llama_model_quantize_default_params()
     options.ftype = QUANTISED[kind.lower()]
     if matrix:
-        kept = [(name.encode(), np.ascontiguousarray(value)) for name, value in read_importance(Path(matrix)).items()]
-        rows = (llama.llama_model_imatrix_data * (len(kept) + 1))()  # a row of zeros ends it
-        for row, (name, value) in zip(rows, kept):
+        held = [(name.encode(), np.ascontiguousarray(value)) for name, value in read_importance(Path(matrix)).items()]
+        rows = (llama.llama_model_imatrix_data * (len(held) + 1))()  # a row of zeros ends it
+        for row, (name, value) in zip(rows, held):
             row.name, row.size = name, value.size
             row.data = value.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         options.imatrix = rows
+    if kept:
+        forms = (llama.llama_model_tensor_override * 2)()  # without a pattern, the second ends them
+        forms[0].pattern, forms[0].type = kept.encode(), int(GGMLQuantizationType[KEPT])
+        options.tt_overrides = forms
     sys.exit(int(llama.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(options))))
 
 
@@ -127,21 +146,6 @@ class Importance(NamedTuple):
 
     sums: np.ndarray[Any, Any]
     counts: np.ndarray[Any, Any]
-
-
-class _Recorder(nn.Module):
-    """Stands in for a layer, and shows its inputs, and the experts that get them, to a function."""
-
-    def __init__(self, layer: nn.Module, see: Callable[..., None]) -> None:
-        super().__init__()
-        self._layer, self._see = lambda: layer, see
-
-    def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
-        self._see(x, *args)
-        return self._layer()(x, *args, **options)
-
-    def __getattr__(self, key: str) -> Any:
-        return getattr(self._layer(), key)
 
 
 class _Sums:
@@ -179,7 +183,7 @@ def find_importance(
                 continue
             if isinstance(inner, LINEAR + SWITCH + (Standin,)) and any(n.startswith("blk.") for n in names(path)):
                 found[path] = _Sums(inner.num_experts if hasattr(inner, "num_experts") else 1)
-                recorders[path] = _Recorder(layer, found[path].see)
+                recorders[path] = Recorder(layer, found[path].see)
         with standing_in(model, recorders):
             for i, row in enumerate(rows, 1):
                 tell(f"importance matrix: row {i} of {len(rows)}")
@@ -243,7 +247,7 @@ def logits_of(file: Path, longest: int) -> Callable[[Sequence[int]], np.ndarray[
 
 
 class Fidelity:
-    """What a model predicts in float on probe rows, for the fidelity of a file written from it.
+    """What a model predicts in float on probe rows, for the fidelity of files written from it.
 
     Args:
         loaded: the model, with its adapter if it has one.
@@ -257,15 +261,35 @@ class Fidelity:
         with standing_in(loaded.model, low_rank):
             self._whole = self._meter.gap(self._own, self._meter.read()) if low_rank else None
 
-    def lines(self, file: Path, kind: str) -> list[str]:
-        """Measure a file in llama.cpp, and return what was found as `mlxft fuse` says it."""
-        probe = self._meter.probe
-        gap = self._meter.gap(self._own, self._meter.read_from(logits_of(file, max(len(r.ids) for r in probe.rows))))
-        kept = ""
+    def measure(self, file: Path) -> dict[str, float]:
+        """Measure a file in llama.cpp; `kept` is the share of the adaptation, if there is one."""
+        longest = max(len(row.ids) for row in self._meter.probe.rows)
+        gap = self._meter.gap(self._own, self._meter.read_from(logits_of(file, longest)))
+        found = {"kl": gap.divergence, "agreement": gap.agreement}
         if self._whole is not None and self._whole.divergence > 0:
-            kept = f", kept {min(1.0, max(0.0, 1 - gap.divergence / self._whole.divergence)):.1%} of the adaptation"
-        return [
-            f"measured in llama.cpp on {probe.tokens:,} tokens ({probe.source}), against the model in float:",
-            f"{kind}: KL a token {gap.divergence:.3g}{kept}, same likeliest token {gap.agreement:.1%}",
-            *probe.notes,
-        ]
+            found["kept"] = min(1.0, max(0.0, 1 - gap.divergence / self._whole.divergence))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what files are compared on, and what there is to keep, as `mlxft fuse` has it."""
+        probe, whole = self._meter.probe, self._whole
+        out: dict[str, Any] = {"source": probe.source, "rows": len(probe.rows), "tokens": probe.tokens}
+        base = {"adapted_to_base": whole.divergence, "agreement_base": whole.agreement} if whole else {}
+        return {"probe": out, **base}
+
+    def lines(self, files: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return a table of files: `type`, `bytes` and what `measure` found."""
+        probe, whole = self._meter.probe, self._whole
+        what = f"measured in llama.cpp on {probe.tokens:,} tokens ({probe.source})"
+        said = [f"{what}, against the model in float:"]
+        if whole is not None:
+            said = [
+                f"{what}; from the adapted model in float to its base:",
+                f"KL a token {whole.divergence:.3g}, same likeliest token {whole.agreement:.1%}",
+            ]
+        rows = [("type", "file", "KL a token", "kept", "same likeliest token")]
+        for file in files:
+            kept = f"{file['kept']:.1%}" if "kept" in file else "-"
+            size = f"{file['bytes'] / 1e6:,.1f} MB"
+            rows.append((file["type"], size, f"{file['kl']:.3g}", kept, f"{file['agreement']:.1%}"))
+        return [*said, *aligned(rows), *probe.notes]

@@ -35,31 +35,38 @@ def export_ollama(
     run: Path,
     out: Path,
     *,
+    kind: str | Sequence[str] = "f16",
     model: str | None = None,
     overwrite: bool = False,
     tell: Callable[[str], object] = lambda text: None,
     **form: Any,
-) -> list[str]:
+) -> gguf.Exported:
     """Write the folder `out` with model.gguf and Modelfile, for `ollama create NAME -f OUT/Modelfile`.
 
-    Arguments, results and errors are as for `export_gguf`, but `out` is a folder.
+    Arguments, results and errors are as for `export_gguf`, but `out` is a folder, and holds one kind.
     """
-    wanted = gguf.GgufForm(**form)
-    wanted.check()
+    wanted = gguf.GgufForm.of(kind, **form)
+    if len(wanted.kinds) > 1:
+        raise ExportError(
+            f"a folder for Ollama holds one .gguf file, not {', '.join(wanted.kinds)}; give one --type (to compare "
+            "types: --format gguf --measure with each --type)"
+        )
     check_destination(out, overwrite, "ollama")
     loaded = gguf.open_model(run, model)
     check_unused(out, [loaded.path, find_adapter(run)])
     chat = find_chat(loaded.tokenizer)
     text = modelfile(chat, stop_words(loaded.tokenizer), parameters(loaded))
     with replace_folder(out, "ollama") as part:
-        said = gguf.write_gguf(run, loaded, part / "model.gguf", wanted, tell)
+        done = gguf.write_gguf(run, model, loaded, wanted.files(part / "model.gguf"), wanted, tell)
         (part / "Modelfile").write_text(text, encoding="utf-8")
-    size = (out / "model.gguf").stat().st_size
-    said = [f"wrote {out} (model.gguf, {size / 1e6:,.1f} MB, {wanted.kind}; Modelfile)", *said[1:]]
+    (file,) = done.figures["files"]
+    file["path"] = str(out / "model.gguf")
+    said = [f"wrote {out} (model.gguf, {file['bytes'] / 1e6:,.1f} MB, {file['type']}; Modelfile)", *done[1:]]
     if chat.template is None:
         why = "no chat template" if chat_template(loaded.tokenizer) is None else "a chat template of its own kind"
         said.append(f"the model has {why}: the Modelfile has no TEMPLATE, and Ollama uses what it finds in model.gguf")
-    return [*said, f"next: ollama create {out.resolve().name} -f {out / 'Modelfile'}"]
+    said.append(f"next: ollama create {out.resolve().name} -f {out / 'Modelfile'}")
+    return gguf.Exported(said, done.figures)
 
 
 def modelfile(chat: OllamaChat, stops: list[str], numbers: dict[str, float]) -> str:

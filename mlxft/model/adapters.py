@@ -31,28 +31,33 @@ from mlxft.model.folder import (
     read_object,
 )
 from mlxft.model.layers import (
+    DIRECTIONS,
+    INPUTS,
     LEAVES,
     LINEAR,
     QUANTIZED,
     LowRank,
     adaptable,
+    bias_group,
     dense_weight,
     form_of,
     is_router,
+    low_rank_of,
     plain_layer,
     shift,
     wrap,
 )
 from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint, chat_template_files, fits_base, stated_name
 from mlxft.model.load import load as load_model
-from mlxft.text import home_path
+from mlxft.text import counted, home_path
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
 # What is trained: low-rank adapters, whole weights or chosen modules; and adapters on disk.
 #
 # An adapter folder is mlx-lm's: adapters.safetensors beside adapter_config.json, with the full path of every adapted
 # module under `lora_parameters.keys`. Modules that are trained whole beside the adapters are in the same file under
-# their own names; mlx-lm refuses those by name instead of silently leaving them out.
+# their own names; mlx-lm refuses those by name instead of silently leaving them out. What it need not know is beside:
+# inputs.safetensors, the directions by which the weights of a quantisation-aware adapter are rounded.
 
 _Layers = Literal["all"] | int | list[int]
 # Layers that select rows, by number, of a parameter.
@@ -62,6 +67,7 @@ _READ_DIRECTLY = (
     *("prediction_coefs", "correction_coefs"),
     *("self_attention_res_proj", "mlp_res_proj", "output_attn_res_proj"),
 )
+_INPUTS_FILE = "inputs.safetensors"
 _COUNTING: dict[type, type] = {}
 _GROUPS = {
     "all-linear": ("*",),
@@ -200,6 +206,9 @@ def _round_as(layer: LowRank, path: str, bits: int | None) -> None:
             f"tune.quantize_aware: {path} is {dense_weight(layer.base).shape[-1]} wide, which groups of 32 do not "
             "fill; leave it out of tune.targets"
         )
+    if bits is not None and bias_group(layer):
+        layer[INPUTS] = mx.zeros((dense_weight(layer.base).shape[-1], DIRECTIONS))
+        layer.freeze(recurse=False, keys=[INPUTS])
 
 
 def round_as(model: nn.Module, bits: int) -> None:
@@ -373,9 +382,18 @@ def adapter_texts(loaded: Loaded, spec: LoRASpec | None, about: Mapping[str, Any
     return {"adapter_config.json": json.dumps(config, indent=2) + "\n", **chat_template_files(tokenizer)}
 
 
-def trainable_weights(model: nn.Module) -> dict[str, mx.array]:
-    """Return name -> array of all trainable parameters."""
-    return dict(tree_flatten(model.trainable_parameters()))
+def trained_weights(model: nn.Module) -> dict[str, mx.array]:
+    """Return name -> array of what a trained model is saved as: all trainable parameters, and `INPUTS`."""
+    beside = {n: v for n, v in tree_flatten(model.parameters()) if n.rpartition(".")[2] == INPUTS}
+    return beside | dict(tree_flatten(model.trainable_parameters()))
+
+
+def adapter_arrays(weights: Mapping[str, mx.array]) -> dict[str, dict[str, mx.array]]:
+    """Return the arrays of an adapter folder by file: mlx-lm knows only those of adapters.safetensors, the last one."""
+    files: dict[str, dict[str, mx.array]] = {_INPUTS_FILE: {}, "adapters.safetensors": {}}
+    for name, value in weights.items():
+        files[_INPUTS_FILE if name.rpartition(".")[2] == INPUTS else "adapters.safetensors"][name] = value
+    return {file: arrays for file, arrays in files.items() if arrays or file != _INPUTS_FILE}
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -477,7 +495,10 @@ def read_adapter(folder: Path, base: str | None = None) -> tuple[dict[str, Any],
             f"{folder} was trained on another base: {about.get('model')} ({about['fingerprint']}), and this model is "
             f"{base} (shapes-settings); load the adapter on its own base"
         )
-    return config, read_arrays(folder / "adapters.safetensors")[0]
+    weights = read_arrays(folder / "adapters.safetensors")[0]
+    if config.get("mlxft", {}).get("quantize_aware") is not None and (folder / _INPUTS_FILE).is_file():
+        weights |= read_arrays(folder / _INPUTS_FILE)[0]
+    return config, weights
 
 
 def load_adapter(model: nn.Module, folder: Path, base: str | None = None) -> LoRASpec | None:
@@ -493,7 +514,7 @@ def load_adapter(model: nn.Module, folder: Path, base: str | None = None) -> LoR
     else:
         model.freeze()
     load_trained(model, weights, str(folder / "adapters.safetensors"))
-    whole = [n for n in weights if n.rpartition(".")[2] not in LEAVES]
+    whole = [n for n in weights if n.rpartition(".")[2] not in (*LEAVES, INPUTS)]
     unfreeze(model, whole, str(folder))
     return spec
 
@@ -581,12 +602,19 @@ def load_trained(model: nn.Module, weights: dict[str, mx.array], origin: str) ->
         ModelError: some do not fit; it lists them.
     """
     there = dict(tree_flatten(model.parameters()))
-    adapted = {f"{name}.{k}" for name, m in model.named_modules() if isinstance(m, LowRank) for k in LEAVES if k in m}
+    layers = low_rank_of(model)
+    adapted = {f"{path}.{k}" for path, layer in layers.items() for k in (*LEAVES, INPUTS) if k in layer}
     problems = [f"{n}: the model has no such parameter" for n in weights if n not in there]
     for n, w in weights.items():
         if n in there and w.shape != there[n].shape:
             problems.append(f"{n}: shape {tuple(w.shape)}, the model's is {tuple(there[n].shape)}")
-    problems += [f"{n}: not in the file" for n in sorted(adapted - set(weights))]
+    missing = sorted(adapted - set(weights))
+    if missing and not problems and all(n.rpartition(".")[2] == INPUTS for n in missing):
+        raise ModelError(
+            f"{origin}: without {_INPUTS_FILE}, by which the weights of {counted(len(missing), 'layers')} are rounded, "
+            "this is not the model that was trained; copy that file from where it was trained, or train again"
+        )
+    problems += [f"{n}: not in the file" for n in missing]
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ModelError(f"{origin} does not fit this model:\n  " + "\n  ".join(problems[:10]) + more)

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from mlxft.data.chat import thinking_of
 from mlxft.data.sources import type_name
 from mlxft.errors import CheckpointError, ConfigError, ExportError, MlxftError, ModelError, half_character, switch
-from mlxft.files import check_replaceable, check_writable, claim, clear, is_empty, note, remove
+from mlxft.files import check_replaceable, check_writable, claim, clear, explained, is_empty, note, remove
 from mlxft.text import TooDeep, parse_json
 
 if TYPE_CHECKING:
@@ -353,7 +353,7 @@ def replace_folder(dst: Path, kind: str) -> Iterator[Path]:
     # MLX's writer raises a RuntimeError if the disk is full.
     except (OSError, RuntimeError, CheckpointError, ExportError) as error:
         failed = "" if isinstance(error, ExportError) else f"{dst}: writing failed, nothing is left of it: "
-        raise ExportError(failed + str(error).replace(str(part), str(dst))) from error
+        raise ExportError(failed + str(explained(error, dst.parent)).replace(str(part), str(dst))) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

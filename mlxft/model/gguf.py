@@ -1150,10 +1150,45 @@ def _joined(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
                 f"{part}: is not part {number + 1} of the {count} that {path.name} belongs to, with {total} tensors: "
                 f"it {what}; download it again"
             )
+        _check_kin(part, own, tensors, metadata, table)
         table |= tensors
     if len(table) != total:
         raise ModelError(f"{path}: its {count} parts hold {len(table)} tensors; expected {total}; download them again")
     return metadata, table
+
+
+def _check_kin(
+    part: Path, own: dict[str, Any], tensors: dict[str, Entry], metadata: dict[str, Any], table: dict[str, Entry]
+) -> None:
+    """Refuse a part that is not of the file whose other parts' settings and tensors are given.
+
+    Only the first part says what the model is. Another's matrices show it: within a file some kinds of matrices have
+    other types or shapes in other layers, but not all of them at once.
+    """
+    said = next((key for key in own if key != "split.no" and own[key] != metadata.get(key, own[key])), None)
+    one, two = _forms(table), _forms(tensors)
+    both = [name for name in one if len(one[name]) == len(two.get(name, ())) == 1]
+    apart = len(both) > 2 and all(one[name] != two[name] for name in both)
+    if not apart and said is None:
+        return
+    if said is None:
+        (kind, shape), (other, form) = (next(iter(forms[both[0]])) for forms in (two, one))
+        seen = f"holds {both[0]} as {kind} {shape}, the parts before it as {other} {form}"
+    else:
+        seen = f"says {str(own[said])[:40]} for {said[:80]}, the first part {str(metadata[said])[:40]}"
+    raise ModelError(
+        f"{part}: is a part of another file: it {seen}; download it again, or if it is right join the parts with "
+        "llama-gguf-split --merge"
+    )
+
+
+def _forms(tensors: Mapping[str, Entry]) -> dict[str, set[tuple[str, tuple[int, ...]]]]:
+    """Return the types and shapes that each kind of packed or half-precision matrix of a layer has in some layers."""
+    found: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
+    for name, entry in tensors.items():
+        if (layer := re.match(r"blk\.\d+\.(.+)", name)) and len(entry.shape) > 1 and entry.kind != "F32":
+            found.setdefault(layer[1], set()).add((entry.kind, entry.shape))
+    return found
 
 
 def _architecture(path: Path, metadata: dict[str, Any]) -> Architecture:

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ import mlx_lm.models
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxft.data.chat import bound_templates, complete_template, set_thinking
@@ -541,6 +543,9 @@ class _Numbers(NamedTuple):
         return self
 
 
+_MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+
+
 class _Source:
     """The folder or .gguf file of a model, with its config.
 
@@ -572,7 +577,8 @@ class _Source:
                 model, self.config = gguf.model_from_gguf(self._file, *form, outline=outline)
                 return model, gguf.own_dtype(self._file)
         if not self._weights:
-            declared = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32").rpartition(".")[2]
+            named = self.config.get("dtype") or self.config.get("torch_dtype")
+            declared = str(named or ("bfloat16" if self._published() else "float32")).rpartition(".")[2]
             return self._untrained(), getattr(mx, declared, mx.bfloat16)  # MLX has no types of 8 bits
         code = self.config.get("model_file")
         if code is not None and not self._trust:
@@ -592,7 +598,9 @@ class _Source:
 
     def _untrained(self) -> nn.Module:
         """Build the architecture of the config, packed as its `quantization` says."""
-        config = self.config
+        config, published = self.config, self._published()
+        if published is not None:
+            config["quantization"] = config["quantization_config"] = dict(_MXFP4)  # as mlx-lm notes it
         packed: Any = config.get("quantization")
         other = (config.get("quantization_config") or {}).get("quant_method")
         if (code := config.get("model_file")) is not None or (packed is None and other):
@@ -602,6 +610,9 @@ class _Source:
         config.update(older_rope(config, module))
 
         def packing(path: str, layer: nn.Module) -> Any:
+            kept = published is not None and any(fnmatch(path, name) for name in published)
+            if kept or (published is not None and not isinstance(layer, SwitchLinear)):
+                return False
             own = packed.get(path, hasattr(layer, "to_quantized"))
             return own and layer.weight.shape[-1] % packed["group_size"] == 0 and own
 
@@ -616,6 +627,13 @@ class _Source:
                 mode = packed.get("mode", "affine")
                 nn.quantize(model, packed["group_size"], packed["bits"], mode=mode, class_predicate=packing)
             return repaired(model)
+
+    def _published(self) -> list[str] | None:
+        """Return what is not packed of a model whose experts are published in mxfp4, as gpt-oss is; None of another."""
+        how = self.config.get("quantization_config") or {}
+        if "quantization" in self.config or how.get("quant_method") != "mxfp4":
+            return None
+        return [f"{name}*" for name in how.get("modules_to_not_convert") or []]
 
     def _untrusted(self, code: object) -> ModelError:
         return ModelError(

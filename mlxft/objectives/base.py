@@ -154,13 +154,18 @@ class NoDropout(NamedTuple):
 
 
 def format_problems(config: Config, formats: Sequence[str]) -> list[str]:
-    """Return what is wrong with a recipe whose objective does not take its format, and the objective that does."""
-    format = config.data.format
-    if format == "auto" or format in formats:
-        return []
-    taker, recipe = TAKEN_BY[format]
-    way = f"choose {' or '.join(formats)}, or objective {taker}, which takes it (configs/{recipe}.yaml)"
-    return [f"data.format: {format} is not for objective {config.objective}; {way}"]
+    """Return what is wrong with a recipe whose objective does not take its formats, and the objective that does."""
+    problems = []
+    for setting, format in config.data.formats.items():
+        if format == "auto" or format in formats:
+            continue
+        taker, recipe = TAKEN_BY[format]
+        way = f"choose {' or '.join(formats)}, or objective {taker}, which takes it (configs/{recipe}.yaml)"
+        problems.append(f"{setting}.format: {format} is not for objective {config.objective}; {way}")
+    asked = [setting for setting, format in config.data.formats.items() if format == "prompts"]
+    if "prompts" in formats and 0 < len(asked) < len(config.data.formats):
+        problems.append(f"{asked[0]}.format: prompts, beside rows with completions; give all sources the same")
+    return problems
 
 
 def whole_row_problems(config: Config, formats: Sequence[str], dropout: NoDropout) -> list[str]:

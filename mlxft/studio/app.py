@@ -26,7 +26,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mlxft import __version__
 from mlxft.errors import ConfigError, DataError, MlxftError, missing_extra
-from mlxft.runs import Tail, run_info
 from mlxft.studio.work import (
     BASE_NAME,
     HEIGHT,
@@ -164,7 +163,8 @@ def _plain(status: int, text: str) -> Response:
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 Form = Mapping[str, str]
-_BEAT, _LOOK = 15.0, 0.4  # seconds between signs of life of a stream, and between two looks at a run's files
+_BEAT = 15.0  # seconds between signs of life of a stream
+_LOOK, _LOOK_AT_ALL = 0.4, 2.0  # seconds between two looks at a run's files, and at those of all runs
 
 
 def _lines(text: str) -> list[str]:
@@ -214,6 +214,7 @@ class Studio:
         """Return the application, behind its gate."""
         gets = {
             "/": self.runs,
+            "/runs/live": self.runs_live,
             "/run": self.run,
             "/run/live": self.run_live,
             "/run/report": self.report,
@@ -234,6 +235,7 @@ class Studio:
         routes = [
             *(Route(path, self._get(handler), methods=["GET"]) for path, handler in gets.items()),
             *(Route(path, self._post(handler), methods=["POST"]) for path, handler in posts.items()),
+            Route("/runs/events", self.runs_events, methods=["GET"]),
             Route("/run/events", self.run_events, methods=["GET"]),
             Route("/playground", self.playground_ask, methods=["POST"]),
             Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
@@ -268,6 +270,14 @@ class Studio:
         """List the runs, and offer recipes to start."""
         return self.page("runs", runs=self.work.runs(), recipes=self.work.recipes())
 
+    def runs_live(self, request: Request) -> Response:
+        """Return the list of the runs."""
+        return self.page("runs_live", runs=self.work.runs())
+
+    async def runs_events(self, request: Request) -> Response:
+        """Send an event whenever the list of the runs changes."""
+        return self._events(lambda: self.runs_live(request).body, _LOOK_AT_ALL)
+
     def _run_values(self, name: str) -> dict[str, Any]:
         folder = self.work.run(name)
         job = self.work.job(folder)
@@ -296,25 +306,29 @@ class Studio:
         """Send an event whenever a run's numbers, status or output change."""
         folder = await run_in_threadpool(self.work.run, request.query_params.get("run", ""))
 
-        def state() -> tuple[Any, ...]:
-            job, status = self.work.job(folder), folder / "status.json"
-            changed = status.stat().st_mtime_ns if status.exists() else 0
-            return changed, job and job.runs, job and job.printed
+        def look() -> tuple[Any, ...]:
+            job = self.work.job(folder)
+            files = [os.stat(p) for n in ("metrics.jsonl", "status.json") if (p := folder / n).exists()]
+            return [(f.st_ino, f.st_size, f.st_mtime_ns) for f in files], job and job.runs, job and job.printed
+
+        return self._events(look, _LOOK)
+
+    def _events(self, look: Callable[[], Any], every: float) -> Response:
+        """Send an event at first, and whenever what `look` returns has changed."""
 
         async def events() -> AsyncIterator[str]:
-            tail, before, quiet = Tail(folder / "metrics.jsonl"), None, 0.0
+            before, quiet = None, 0.0
             while not self.closing.is_set():
-                found, replaced = await run_in_threadpool(tail.read)
-                now = await run_in_threadpool(state)
-                if found or replaced or now != before:
-                    info, before, quiet = await run_in_threadpool(run_info, folder), now, 0.0
-                    yield f"data: {json.dumps({'status': info.status, 'step': info.step, 'steps': info.steps})}\n\n"
+                now = await run_in_threadpool(look)
+                if now != before:
+                    before, quiet = now, 0.0
+                    yield "data: changed\n\n"
                 elif quiet >= _BEAT:
                     quiet = 0.0
                     yield ": still here\n\n"
                 with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self.closing.wait(), _LOOK)
-                quiet += _LOOK
+                    await asyncio.wait_for(self.closing.wait(), every)
+                quiet += every
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
@@ -559,7 +573,7 @@ def run_studio(work: Workplace, port: int | None, browse: bool) -> None:
             if browse and (sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
                 webbrowser.open(address)
             # Imported here: two threads that import one package can lock each other out.
-            for name in ("mlxft.objectives.sft", "mlxft.study.label", "mlxft.model.adapters"):
+            for name in ("mlxft.objectives.sft", "mlxft.study.label", "mlxft.study.compare"):
                 importlib.import_module(name)
             asyncio.run(_serve(_Server(config), studio, listening))
     running = [run.name for run in work.runs() if run.status == "running"]

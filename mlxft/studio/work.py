@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import gc
 import math
 import os
 import platform
@@ -24,16 +23,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from mlxft.errors import CheckpointError, ConfigError, DataError, MlxftError
+from mlxft.errors import ConfigError, DataError, MlxftError
 from mlxft.files import HOLDER, is_held
 from mlxft.runs import RunInfo, list_runs, may_be_run, read_status, run_info
 from mlxft.study.plots import LOSS, LOSS_UNITS, Panel, Series
 from mlxft.text import counted, json_text, parse_json, printable, read_file
 
 if TYPE_CHECKING:
-    from mlxft.model.load import Loaded
-    from mlxft.model.roles import Roles
     from mlxft.model.sampling import Sampling
+    from mlxft.study.compare import Bases
     from mlxft.study.label import Judging, LabelSource
 
 # --- the working folder -----------------------------------------------------------------------------------------------
@@ -397,9 +395,7 @@ class Playground:
         self.worker = ThreadPoolExecutor(1, "mlx")
         self._busy = threading.Lock()
         self._stop = threading.Event()
-        self._key: Any = None  # of the base that is in memory
-        self._loaded: Loaded | None = None
-        self._roles: Roles | None = None
+        self._bases: Bases | None = None  # from the first completion on
 
     @staticmethod
     def offers(run: RunInfo) -> bool:
@@ -417,15 +413,13 @@ class Playground:
         self.worker.shutdown()
 
     def _drop(self) -> None:
-        if "mlx_lm.generate" in sys.modules:
+        if self._bases is not None:
             import mlx.core as mx
             from mlx_lm.generate import generation_stream
 
-            self._key = self._loaded = self._roles = None
-            gc.collect()
+            self._bases.clear()
             for stream in (mx.default_stream(mx.default_device()), generation_stream):
                 mx.synchronize(stream)
-            mx.clear_cache()
 
     def begin(
         self,
@@ -474,59 +468,17 @@ class Playground:
         seed: int,
         say: Callable[[dict[str, Any]], None],
     ) -> None:
-        from mlxft.model.sampling import stream
+        from mlxft.study.compare import Bases, base_source, model_source, stream_each
 
         say({"model": name, "state": "loading"})
-        with self._open(folder, bare) as (loaded, tokenizer):
-            say({"model": name, "state": "writing"})
-            begun = time.monotonic()
-            for piece in stream(loaded.model, tokenizer, prompt, sampling, seed=seed, until=self._stop.is_set):
-                say({"model": name, "text": printable(piece)})
+        self._bases = self._bases or Bases(most=1)
+        model = self._bases.open(base_source([str(folder)]) if bare else model_source(str(folder)))
+        say({"model": name, "state": "writing"})
+        begun = time.monotonic()
+        for _, piece in stream_each([model], prompt, sampling, seed=seed, until=self._stop.is_set):
+            say({"model": name, "text": printable(piece)})
         took = time.monotonic() - begun
         say({"model": name, "done": f"{'stopped after ' if self._stop.is_set() else ''}{took:.1f} s"})
-
-    @contextmanager
-    def _open(self, run: Path, bare: bool) -> Iterator[tuple[Loaded, Any]]:
-        """Put a run's weights, or its base alone, in place for the length of the block; yield it and the tokenizer."""
-        from mlxft.data.dataset import end_completions, turn_end
-        from mlxft.model.adapters import ask_as_trained, base_noted, load_base_of, read_adapter_config, template_of
-        from mlxft.model.load import base_fingerprint, load, load_tokenizer
-        from mlxft.runs import load_run, open_run
-
-        adapter = run / "adapter"
-        if not adapter.is_dir():  # trained in full
-            m = open_run(run).config.model
-            make = (lambda: load(m.path, dtype=m.dtype)) if bare else (lambda: load_run(run))
-            loaded, _ = self._base(("full", str(run), bare, _changed(run / "model")), make)
-            yield loaded, loaded.tokenizer
-            return
-        noted = base_noted(read_adapter_config(adapter))
-        loaded, roles = self._base(sorted(map(str, noted.items())), lambda: load_base_of(adapter, adapter, {}))
-        role = None if bare else f"{adapter} {_changed(adapter / 'adapters.safetensors')}"
-        if role is not None and role not in roles.names:
-            roles.load(role, adapter, base_fingerprint(loaded))
-        tokenizer = load_tokenizer(loaded.source, template_of(adapter))
-        ask_as_trained(tokenizer, adapter)
-        end_completions(tokenizer, turn_end(tokenizer))
-        with roles.use(role):
-            yield loaded, tokenizer
-
-    def _base(self, key: Any, make: Callable[[], Loaded]) -> tuple[Loaded, Roles]:
-        """Return the base with this key, loaded now if it is not the one in memory, which then goes first."""
-        from mlxft.model.roles import Roles
-
-        if self._key != key or self._loaded is None or self._roles is None:
-            self._drop()
-            self._loaded = make()
-            self._roles, self._key = Roles(self._loaded.model), key
-        return self._loaded, self._roles
-
-
-def _changed(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError as e:
-        raise CheckpointError(f"{path}: {e.strerror}") from e
 
 
 # --- judgements -------------------------------------------------------------------------------------------------------

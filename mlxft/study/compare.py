@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from mlxft.data.dataset import encode_prompt, end_completions, turn_end
 from mlxft.data.formats import Prompt, convert, unwritten
 from mlxft.data.sources import read_rows
 from mlxft.device import backend
-from mlxft.errors import ConfigError
+from mlxft.errors import CheckpointError, ConfigError
 from mlxft.model.adapters import ask_as_trained, base_noted, load_base_of, read_adapter_config, template_of
 from mlxft.model.load import ALIASES, Loaded, base_fingerprint, load, load_tokenizer, resolve, stated_name
 from mlxft.model.roles import Roles
@@ -48,13 +49,61 @@ class OpenModel:
             yield self.loaded
 
 
-class _Source(NamedTuple):
+class ModelSource(NamedTuple):
     """A model as it was named: its short name, its base with the options to load it, and its adapter."""
 
     name: str
     path: str
     options: dict[str, Any]
     adapter: Path | None = None
+
+
+class Bases:
+    """Bases in memory, each once, and the adapters that were opened on them, as roles. Use it in one thread.
+
+    Args:
+        most: bases to keep; another one takes their place. None: no limit.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._held: dict[Any, tuple[Loaded, Roles]] = {}
+        self._most = most
+
+    def open(self, source: ModelSource) -> OpenModel:
+        """Load what of a model is not in memory, or has changed since.
+
+        Raises:
+            ModelError, CheckpointError: it cannot be loaded.
+        """
+        name, path, options, adapter = source
+        key = _base_key(path, options)
+        if key in self._held:
+            template = options.get("chat_template") if adapter is None else template_of(adapter)
+            tokenizer = load_tokenizer(path, template)
+        else:
+            if self._most is not None and len(self._held) >= self._most:
+                self.clear()
+            loaded = load(path, **options) if adapter is None else load_base_of(adapter, adapter, {})
+            self._held[key] = loaded, Roles(loaded.model)
+            tokenizer = loaded.tokenizer
+        loaded, roles = self._held[key]
+        role = None if adapter is None else f"{adapter} {_changed(adapter)}"
+        if adapter is not None and role is not None:
+            if role not in roles.names:
+                roles.load(role, adapter, base_fingerprint(loaded))
+            ask_as_trained(tokenizer, adapter)
+        end_completions(tokenizer, turn_end(tokenizer))
+        return OpenModel(name, replace(loaded, tokenizer=tokenizer), roles, role)
+
+    def arrays(self) -> list[Any]:
+        """Return all weights, for `mx.eval`."""
+        return [(loaded.model.parameters(), roles.arrays()) for loaded, roles in self._held.values()]
+
+    def clear(self) -> None:
+        """Let go of all bases, and of their memory."""
+        self._held.clear()
+        gc.collect()
+        mx.clear_cache()
 
 
 def open_models(given: Sequence[str]) -> dict[str, OpenModel]:
@@ -68,55 +117,39 @@ def open_models(given: Sequence[str]) -> dict[str, OpenModel]:
     Raises:
         ConfigError: two have the same name, or there is no base. ModelError: one cannot be loaded.
     """
-    shared: dict[Any, tuple[Loaded, Roles]] = {}
-    found = {}
-    for name, path, options, adapter in _sources(given):
-        key = _base_key(path, options)
-        if key not in shared:
-            loaded = load(path, **options) if adapter is None else load_base_of(adapter, adapter, {})
-            shared[key] = loaded, Roles(loaded.model)
-            tokenizer = loaded.tokenizer
-        else:
-            template = options.get("chat_template") if adapter is None else template_of(adapter)
-            tokenizer = load_tokenizer(path, template)
-        loaded, roles = shared[key]
-        if adapter is not None:
-            roles.load(name, adapter, base_fingerprint(loaded))
-            ask_as_trained(tokenizer, adapter)
-        end_completions(tokenizer, turn_end(tokenizer))
-        found[name] = OpenModel(name, replace(loaded, tokenizer=tokenizer), roles, None if adapter is None else name)
-    for loaded, roles in shared.values():
-        mx.eval(loaded.model.parameters(), roles.arrays())
+    if not given:
+        raise ConfigError("no model is given; name a run, an adapter, a folder or a hub id")
+    bare = [text == "base" and not Path("base").exists() for text in given]
+    tuned = [text for text, is_base in zip(given, bare) if not is_base]
+    named = {text: model_source(text) for text in tuned}
+    sources: dict[str, ModelSource] = {}
+    for text, is_base in zip(given, bare):
+        source = base_source(tuned) if is_base else named[text]
+        if source.name in sources:
+            first = given[list(sources).index(source.name)]
+            raise ConfigError(f"two models are called {source.name}: {first} and {text}; name one: NAME=PATH")
+        sources[source.name] = source
+    bases = Bases()
+    found = {name: bases.open(source) for name, source in sources.items()}
+    mx.eval(bases.arrays())
     return found
 
 
-def _sources(given: Sequence[str]) -> list[_Source]:
-    if not given:
-        raise ConfigError("no model is given; name a run, an adapter, a folder or a hub id")
-    tuned = {text: locate(_named(text)[1]) for text in given if text != "base"}
-    found: dict[str, _Source] = {}
-    for text in given:
-        name, path = _named(text)
-        if text == "base" and not Path("base").exists():
-            source = _Source(name, *_base_among([*tuned]))
-        else:
-            at, adapter, _ = tuned.get(text) or locate(path)
-            noted = {} if adapter is None else base_noted(read_adapter_config(adapter))
-            base = noted.pop("model", None)
-            options = {k: v for k, v in noted.items() if k in ("dtype", "quantize", "group_size")}
-            source = _Source(name, str(at) if base is None else stated_name(base), options, adapter)
-        if name in found:
-            raise ConfigError(
-                f"two models are called {name}: {given[list(found).index(name)]} and {text}; name one: NAME=PATH"
-            )
-        found[name] = source
-    return list(found.values())
+def model_source(text: str) -> ModelSource:
+    """Return where a model is that is named as on the command line; raise ModelError if there is none."""
+    name, path = _named(text)
+    at, adapter, _ = locate(path)
+    noted = {} if adapter is None else base_noted(read_adapter_config(adapter))
+    base = noted.pop("model", None)
+    options = {k: v for k, v in noted.items() if k in ("dtype", "quantize", "group_size")}
+    return ModelSource(name, str(at) if base is None else stated_name(base), options, adapter)
 
 
-def _base_among(tuned: Sequence[str]) -> tuple[str, dict[str, Any]]:
+def base_source(tuned: Sequence[str]) -> ModelSource:
+    """Return the base of the first run or adapter among models; raise ConfigError if there is none."""
     for text in tuned:
         with suppress(ConfigError):
-            return base_of(_named(text)[1])
+            return ModelSource("base", *base_of(_named(text)[1]))
     raise ConfigError("base: give a run or an adapter beside it, whose base is meant; or the base's own name")
 
 
@@ -134,10 +167,20 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _base_key(path: str, options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what is equal for models whose base has the same weights in the same numbers."""
+    """Return what is equal for models whose base has the same weights in the same numbers, and is the same file yet."""
     dtype = options.get("dtype", "auto")
     dtype = {"cpu": "float32"}.get(backend(), "own") if dtype == "auto" else dtype
-    return resolve(path).resolve(), dtype, options.get("quantize"), options.get("group_size")
+    place = resolve(path).resolve()
+    return place, _changed(place), dtype, options.get("quantize"), options.get("group_size")
+
+
+def _changed(path: Path) -> int:
+    """Return when a file, or the weights of a folder, were last changed."""
+    weights = [*path.glob("*.safetensors")] or [path]
+    try:
+        return max(each.stat().st_mtime_ns for each in weights)
+    except OSError as e:
+        raise CheckpointError(f"{path}: {e.strerror}") from e
 
 
 # --- compare ----------------------------------------------------------------------------------------------------------
@@ -175,18 +218,20 @@ def stream_each(
     *,
     system: str | None = None,
     seed: int | None = None,
+    until: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Yield (name, piece of text) as each model completes a prompt, one model after the other.
 
     Args:
         seed: the same seed gives the same texts; None: a new one for each.
+        until: called after each token; True ends the completion.
     Raises:
         DataError, ConfigError: a chat template refuses the prompt.
     """
     for model in models:
         with model.active() as loaded:
             ids = encode_prompt(prompt, loaded.tokenizer, system=system)
-            for piece in stream(loaded.model, loaded.tokenizer, ids, sampling, seed=seed):
+            for piece in stream(loaded.model, loaded.tokenizer, ids, sampling, seed=seed, until=until):
                 yield model.name, piece
 
 

@@ -944,8 +944,8 @@ def run_evaluation(
     Raises:
         ConfigError, DataError, ModelError: something does not fit; checks that need no model come first.
     """
-    named = adapter or model
-    rows = list(read_rows(file, "test"))
+    named, said = adapter or model, list[str]()
+    rows = list(read_rows(file, "test", said))
     if asking.limit is not None:
         rows = rows[: asking.limit]
     data = _run_data(named)
@@ -975,6 +975,7 @@ def run_evaluation(
         return found
 
     results = evaluated(model, adapter)
+    results[0].notes[:0] = said
     others = None if other is None else evaluated(other, None, **options)
     reference = _reference(named) if any(task.pairs for task in tasks) else None
     if reference is not None:
@@ -1144,8 +1145,8 @@ def base_of(model: str, adapter: str | None = None) -> tuple[str, dict[str, Any]
             options.pop("fingerprint", None)
             return stated_name(str(name)), {**options, "chat_template": template_of(own)}
     elif is_run(folder):
-        run = open_run(folder)
-        return run.config.model.path, {"chat_template": kept_template(folder, run.config.model.chat_template)}
+        m = open_run(folder).config.model
+        return m.path, {"dtype": m.dtype, "chat_template": kept_template(folder, m.chat_template)}
     raise ConfigError(f"base: {model} does not name its base; give the base's own name")
 
 

@@ -33,11 +33,10 @@ from mlxft.data.sources import (
     SPLITS,
     Problem,
     Row,
-    find_split,
-    lists_in,
     plain_name,
     read_rows,
     report_lines,
+    split_in,
 )
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.foreign import UNSEEN, is_hub_id, tool_of, translate_all
@@ -134,7 +133,6 @@ def look(source: str) -> Look:
     texts = [_text_of(item) for _, item in examples]
     lengths = sorted(map(len, texts))
     completions = [wanted_completion(item) for _, item in examples]
-    folder = home_path(source)
     seen = Counter(json.dumps(row.data, sort_keys=True, default=str) for row in read if isinstance(row, Row))
     return Look(
         source=source,
@@ -151,7 +149,7 @@ def look(source: str) -> Look:
         ],
         wrong=len(skipped),
         problems=[f"{problem.where}: {problem.text}" for problem in skipped[:3]],
-        valid=find_split(folder, "valid") is not None if folder.is_dir() else _other_list(source),
+        valid=bool(split_in(source, "valid")) or split_in(source, "test"),
         notes=[
             *notes,
             *found.notes,
@@ -159,12 +157,6 @@ def look(source: str) -> Look:
             *_ratings(columns, read),
         ],
     )
-
-
-def _other_list(source: str) -> str:
-    """Return the name of the validation rows, else the test rows, in a .json file that has its rows by splits."""
-    lists = lists_in(source)
-    return next((f"{source}:{n}" for n in (*SPLITS["valid"], *SPLITS["test"]) if n in lists and "train" in lists), "")
 
 
 def _ratings(columns: Columns, rows: Sequence[Row | Problem]) -> list[str]:
@@ -518,10 +510,13 @@ def _take_data(made: Converted, raw: dict[str, Any], sources: list[Any] | None, 
     objective = _objective_of(raw)
     kto = "kto" in (raw.get("stage"), raw.get("rl"))
     about = named[0][1]
-    if made.tool == "LLaMA-Factory":
-        form, fields = _columns_there(about, objective, kto, raw.get("stage") == "pt")
-    else:
-        form, fields = _fields_there(about, objective, kto)
+    read = {
+        path: _columns_there(about, objective, kto, raw.get("stage") == "pt")
+        if made.tool == "LLaMA-Factory"
+        else _fields_there(about, objective, kto)
+        for path, about in named
+    }
+    form, fields = read[named[0][0]]
     if isinstance(kind := about.get("type"), dict):
         made.settings["data.template"] = "none"
         made.taken.append("type of the rows -> data.fields, and data.template: none, as it makes plain text of them")
@@ -533,15 +528,20 @@ def _take_data(made: Converted, raw: dict[str, Any], sources: list[Any] | None, 
         made.left.append(f"names within turns ({', '.join(sorted(map(str, odd)))}): rename them to role and content")
     if form:
         made.settings["data.format"] = form
-    made.left += [
-        f"type of {path}: data.mix is read as data.train is" for path, about in named[1:] if about.get("type")
-    ]
-    if fields := {ours: theirs for ours, theirs in fields.items() if theirs and theirs != ours}:
-        made.settings["data.fields"] = fields
+    made.settings |= {f"data.{name}": mapped for name, mapped in _renamed(fields).items()}
     made.taken.append(f"rows -> data.train: {named[0][0]}")
     if named[1:]:
-        made.settings["data.mix"] = {f"more{i}": {"path": path} for i, (path, _) in enumerate(named[1:], 1)}
+        made.settings["data.mix"] = {
+            f"more{i}": {"path": path} | ({"format": read[path][0]} if read[path][0] else {}) | _renamed(read[path][1])
+            for i, (path, _) in enumerate(named[1:], 1)
+        }
         made.taken.append(f"{counted(len(named) - 1, 'more sources')} -> data.mix")
+
+
+def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the setting `fields` with those that have other names in the rows, if there are some."""
+    found = {ours: theirs for ours, theirs in fields.items() if theirs and theirs != ours}
+    return {"fields": found} if found else {}
 
 
 _SPEAKERS = ("human", "gpt", "user", "assistant", "system", "observation", "tool", "function_call", "function")
@@ -626,8 +626,8 @@ def _agree(made: Converted, known: list[str]) -> None:
     if "report.project" in found and "report.to" not in found:
         found["report.to"] = ["wandb"]
     if isinstance(found.get("data.valid"), list):
-        first = found["data.valid"][0] if found["data.valid"] else {}
-        found["data.valid"] = _source_of(first) if isinstance(first, dict) else str(first)
+        named = [_source_of(each) if isinstance(each, dict) else str(each) for each in found.pop("data.valid")]
+        found |= {"data.valid": named if named[1:] else named[0]} if named else {}
     for keep, other in (("run.steps", "run.epochs"), ("batch.rows", "batch.tokens"), ("tune.scale", "tune.alpha")):
         if keep in found and other in found:
             made.left.append(f"{other}: {keep} is there, too, and decides")

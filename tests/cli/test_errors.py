@@ -164,7 +164,7 @@ def test_data_files(write: Write, refused: Refused, tmp_path: Path) -> None:
     assert "the path is too long" in refused(2, "train", recipe, f"data.train={'a' * 400}")
     for name in ("empty.jsonl", "blank.jsonl"):
         assert f"DataError: {name}: no rows" in refused(1, "train", recipe, f"data.train={name}")
-        assert f"DataError: {name}: no rows" in refused(1, "train", recipe, f"data.valid={name}")
+        assert f"DataError: data.valid: {name}: no rows" in refused(1, "train", recipe, f"data.valid={name}")
     lines(tmp_path / "one.jsonl", {"messages": CHAT})
     assert "empty valid split" in refused(1, "train", recipe, "data.train=one.jsonl", "data.valid=0.1")
 

@@ -20,7 +20,7 @@ def trained(write: Callable[..., str], mlxft: Command) -> str:
 
 
 def test_a_run_goes_out_as_gguf_and_comes_back(trained: str, mlxft: Command, tmp_path: Path) -> None:
-    done = mlxft("export", trained, "a.gguf", "--format", "gguf", "--type", "f32")
+    done = mlxft("export", trained, "a.gguf", "--format", "GGUF", "--type", "F32")
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("wrote a.gguf (")
     assert mlxft("fuse", trained, "fused").code == 0

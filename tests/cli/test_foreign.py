@@ -376,7 +376,7 @@ FROM_VALUE = {"field_messages": "turns", "message_property_mappings": {"role": "
         ({"stage": "rm", "dataset": "dpo"}, "reward", "preference", ("ask", "good", "bad")),
         ({"stage": "kto", "dataset": "kto"}, "preference", "unpaired", ()),
         ({"stage": "sft", "dataset": "own"}, "sft", "alpaca", ("frage", "antwort", "dazu")),
-        ({"stage": "sft", "dataset": "chat"}, "sft", "messages", ()),
+        ({"stage": "sft", "dataset": "chat,own"}, "sft", "messages", ()),
         ({"stage": "pt", "dataset": "own"}, "sft", "text", ("frage",)),
         (
             {"rl": "dpo", "datasets": [{"type": "chat_template", **CHOSEN}]},
@@ -408,3 +408,6 @@ def test_columns_of_other_tools(
     assert found.get("objective", "sft") == objective
     assert found["data.format"] == form
     assert tuple(found.get("data.fields", {}).values()) == fields
+    if theirs.get("dataset") == "chat,own":
+        more = found["data.mix"]["more1"]
+        assert (more["format"], *more["fields"].values()) == ("alpaca", "frage", "antwort", "dazu")

@@ -12,6 +12,7 @@ import yaml
 
 from mlxft.build import rate_notes
 from mlxft.config import load_config, parse_config
+from mlxft.demo import walk
 from mlxft.text import VALUE, validation_figure
 
 Command = Callable[..., Any]
@@ -57,8 +58,9 @@ def test_sizes_are_recorded_and_a_resumed_run_keeps_them(write: Command, mlxft: 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["run.steps=3"], "3 steps are few to learn from: set run.steps=200"),
-        (["run.epochs=1", "run.steps=null"], "run.epochs=40"),
+        (["run.steps=3", "optim.lr=2e-4"], "3 steps are few to learn from: set run.steps=200"),
+        (["run.steps=15", "optim.lr=1e-3"], "15 steps are few to learn from: set run.steps=40"),
+        (["run.epochs=1", "run.steps=null", "optim.lr=2e-4"], "run.epochs=40"),
         (["optim.lr=0.02"], "optim.lr 0.02 is 100 times the usual rate of sft by lora: set optim.lr=0.0002"),
         (["optim.lr=2e-5"], "optim.lr 2e-05 is 1/10 of the usual rate"),
     ],
@@ -69,6 +71,16 @@ def test_what_can_hardly_learn_is_noted_with_a_value(
     found = mlxft("check", write(), *settings)
     assert (found.code, said in found.out) == (0, True), found.out
     assert "usual rate" not in mlxft("check", write(), "optim.lr=1e-3").out
+
+
+def test_the_demo_takes_its_own_advice(mlxft: Command, tiny_model_dir: Path) -> None:
+    """Few steps at five times the usual rate: as many as it takes to learn its rows."""
+    demo = Path(walk.__file__).parent
+    found = numbers(
+        mlxft, str(demo / "recipe.yaml"), f"model.path={tiny_model_dir}", f"data.train={demo / 'rows.jsonl'}"
+    )
+    assert found["steps"] < 100
+    assert not any("few to learn from" in note for note in found["notes"])
 
 
 def test_no_recipe_of_ours_has_a_rate_that_is_noted() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import ConfigError
 from mlxft.study import serve
-from mlxft.study.compare import open_models
+from mlxft.study.compare import Bases, base_source, model_source, open_models
 
 Command = Callable[..., Any]
 SHORT = ("--max-tokens", "8")
@@ -147,6 +149,24 @@ def test_a_base_is_in_memory_once(two: tuple[str, str], tiny_model_dir: Path) ->
     base = {n.replace(".linear.", ".") for n in arrays[0]}
     assert base == {n.replace(".linear.", ".") for n in arrays[1]} == set(arrays[2])
     assert set(arrays[0].values()) == set(arrays[1].values()) == set(arrays[2].values())
+
+
+def test_one_base_at_a_time_and_what_has_changed_is_read_again(
+    two: tuple[str, str], make_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As the studio's playground holds them."""
+    bases = Bases(most=1)
+    a, b, bare = (bases.open(s) for s in (model_source(two[0]), model_source(two[1]), base_source([two[0]])))
+    assert (a.name, b.name, bare.name) == ("a", "b", "base")
+    assert a.roles is b.roles is bare.roles
+    assert bases.open(model_source(two[0])).role == a.role
+    weights = Path(two[0]) / "adapter" / "adapters.safetensors"
+    os.utime(weights, ns=(weights.stat().st_atime_ns, weights.stat().st_mtime_ns + 10**9))
+    assert bases.open(model_source(two[0])).role not in (a.role, b.role)
+    gone = weakref.ref(a.loaded.model)
+    del a, b, bare
+    bases.open(model_source(str(make_model_dir(tmp_path / "other"))))
+    assert gone() is None
 
 
 def test_what_cannot_be_opened_is_refused(two: tuple[str, str], refused: Command, tiny_model_dir: Path) -> None:

@@ -136,6 +136,18 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: jsonl(p, lambda i: {"messages": turns(i, "from", "value", "human", "gpt")}),
         QA,
     ),
+    "bedrock.jsonl": (
+        lambda p: jsonl(
+            p,
+            lambda i: {
+                "system": [{"text": "Be brief."}],
+                "messages": [{**turn, "content": [{"text": turn["content"]}]} for turn in turns(i)],
+            },
+        ),
+        f"system: Be brief. | {QA}",
+    ),
+    "openai-evals.jsonl": (lambda p: jsonl(p, lambda i: {"input": turns(i)[:1], "ideal": A[i]}), QA),
+    "asked-and-said.jsonl": (lambda p: jsonl(p, lambda i: {"input": turns(i)[:1], "output": turns(i)[1:]}), QA),
     # json by other shapes
     "wrapped.json": (
         lambda p: p.write_text(
@@ -206,8 +218,64 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     # exports
     "conversations.json": (lambda p: p.write_text(json.dumps([chatgpt(i) for i in range(3)])), QA),
     "claude.json": (lambda p: p.write_text(json.dumps([claude(i) for i in range(3)])), QA),
+    "turns.csv": (
+        lambda p: p.write_text(
+            "conversation_id,time,role,message\n"
+            + "".join(
+                f"{i},1,end-user,{q}\n{i},2,agent,{a}\n{i},3,end-user,Thanks\n" for i, (q, a) in enumerate(zip(Q, A))
+            )
+        ),
+        QA,
+    ),
+    "tickets.json": (
+        lambda p: p.write_text(
+            json.dumps(
+                {"tickets": [{"id": i, "comments": turns(i, "author", "body", "customer", "agent")} for i in range(3)]}
+            )
+        ),
+        QA,
+    ),
+    "logs.jsonl": (
+        lambda p: jsonl(
+            p,
+            lambda i: {
+                "request": {"model": "m", "messages": turns(i)[:1]},
+                "response": {"choices": [{"index": 0, "message": turns(i)[1]}]},
+            },
+        ),
+        QA,
+    ),
+    "vertex.jsonl": (
+        lambda p: jsonl(
+            p,
+            lambda i: {
+                "systemInstruction": {"parts": [{"text": "Be brief."}]},
+                "contents": [{"role": r, "parts": [{"text": t}]} for r, t in (("user", Q[i]), ("model", A[i]))],
+            },
+        ),
+        "system: Be brief. | user: {q} | assistant: {a}",
+    ),
+    "anki.txt": (
+        lambda p: p.write_text("#separator:tab\n#html:false\n" + "".join(map("{}\t{}\n".format, Q, A))),
+        "prompt: {q} | completion: {a}",
+    ),
+    "semicolons.txt": (lambda p: table(p, ["Frage", "Antwort"], ";"), "prompt: {q} | completion: {a}"),
+    "excel-tabs.txt": (
+        lambda p: table(p, ["Question", "Answer"], "\t", "utf-16"),
+        "prompt: {q} | completion: {a}",
+    ),
     # texts
     "book.md": (lambda p: p.write_text(f"# Title\n\n{Q[0]}\n"), "text: # Title\n\n{q}"),
+    "faq.md": (
+        lambda p: p.write_text(
+            f"# FAQ\n{'-' * 9999}\n" + "\n## More\n\n".join(map("**Q: {}**\n\nA: {}\n".format, Q, A))
+        ),
+        "prompt: {q} | completion: {a}",
+    ),
+    "faq-windows.txt": (
+        lambda p: p.write_bytes("".join(map("Frage: {}\r\nAntwort: {}\r\n\r\n".format, Q, A)).encode("utf-16")),
+        "prompt: {q} | completion: {a}",
+    ),
     # what needs a word of the user: one error with settings, of which the first works
     "two-answers.jsonl": (
         lambda p: jsonl(p, lambda i: {"question": Q[i], "answer": A[i], "response": "other"}),
@@ -215,6 +283,15 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "own-names.csv": (lambda p: table(p, ["Ticket", "Lösung des Support-Teams"]), "! prompt: {q} | completion: {a}"),
     "pipes.csv": (lambda p: table(p, ["Réponse à", "Réponse"], "|"), "! prompt: {q} | completion: {a}"),
+    "prodigy.jsonl": (
+        lambda p: jsonl(p, lambda i: {"text": Q[i], "_input_hash": i, "answer": ("accept", "reject", "ignore")[i]}),
+        "! text: {q}",
+    ),
+    "mmlu.jsonl": (
+        lambda p: jsonl(p, lambda i: {"question": Q[i], "choices": ["x", "y"], "answer": i % 2}),
+        '! prompt: {q}\n["x", "y"] | completion: 0',
+    ),
+    "a-group.jsonl": (lambda p: jsonl(p, lambda i: {"sender": ("Ann", "Ben")[i % 2], "text": Q[i]}), "! text: {q}"),
     "reviews.csv": (
         lambda p: p.write_text("text,label\n" + "".join(f"{q},{i % 2}\n" for i, q in enumerate(Q))),
         "! prompt: {q} | completion: 0",
@@ -277,7 +354,7 @@ def test_a_file_is_read_as_meant(name: str, tmp_path: Path) -> None:
         with pytest.raises(MlxftError) as caught:
             read(path, objective)
         (first, *_) = [line for line in str(caught.value).splitlines() if line.startswith("  data.format=")]
-        assert str(caught.value).count(name) == 1, "one error for the file"
+        assert str(caught.value).count(f"{name}: ") == 1, "one error for the file"
         overrides = shlex.split(first)
     items, notes = read(path, objective, *overrides)
     assert spoken(items[0]) == wanted.removeprefix("! ").format(q=Q[0], a=A[0], b=BAD[0])

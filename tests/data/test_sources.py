@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 from spreadsheets import xlsx
 
-from mlxft.data.sources import Problem, Row, find_split, read_rows
+from mlxft.config import DataSettings, SourceSettings
+from mlxft.data.dataset import load_splits, valid_source
+from mlxft.data.sources import SPLITS, Problem, Row, find_split, read_rows, split_in
 from mlxft.errors import ConfigError, DataError
 
 ROWS = [{"text": "one"}, {"text": "café, 東京"}, {"text": 'a "quoted"\nline'}]
@@ -119,7 +122,7 @@ def test_csv_field_longer_than_the_libraries_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["train.jsonl", "valid.json", "validation.csv", "val.jsonl", "dev.jsonl", "test.jsonl"]
+    "name", ["train.jsonl", "valid.json", "validation.csv", "val.jsonl", "dev.jsonl", "eval.jsonl", "test.jsonl"]
 )
 def test_folder_answers_to_its_splits(tmp_path: Path, name: str) -> None:
     write(tmp_path / name)
@@ -153,6 +156,13 @@ def test_unknown_suffix_and_split(tmp_path: Path) -> None:
     (tmp_path / "a.doc").write_text("x")
     with pytest.raises(ConfigError, match=r"'\.doc'; known are \.jsonl, \.json, \.csv, \.parquet"):
         read_rows(str(tmp_path / "a.doc"), "train")
+    for name, way in (
+        ("a b.docx", r"textutil -convert txt '.*a b\.docx'"),
+        ("a.jsonl.gz", r"gunzip .*name .*a\.jsonl$"),
+    ):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(ConfigError, match=way):
+            read_rows(str(tmp_path / name), "train")
     with pytest.raises(ConfigError, match="did you mean train"):
         read_rows(str(tmp_path), "trian")
 
@@ -509,9 +519,86 @@ def test_several_sheets_and_lists_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no sheet 'Tow' \(did you mean Two\?\)"):
         rows_of(f"{path}:Tow")
     (tmp_path / "a.json").write_text(json.dumps({"easy": [{"q": "1"}], "hard": [{"q": "2"}]}))
-    with pytest.raises(DataError, match=r"2 lists of rows; name one: data\.train=.*a\.json:easy or"):
+    with pytest.raises(DataError, match=r"2 lists have rows; name one: data\.train=.*a\.json:easy or"):
         rows_of(tmp_path / "a.json")
     assert rows_of(f"{tmp_path / 'a.json'}:hard") == [Row("a.json:hard[0]", {"q": "2"})]
+
+
+@pytest.mark.parametrize(
+    ("text", "encodings"),
+    [
+        ("質問;営業時間は?九時から", "cp932 euc_jp"),
+        ("ログイン;パスワード", "cp932 euc_jp"),
+        ("问题;几点开门?上午九点到下午六点", "gb18030"),
+        ("問題;幾點開門?上午九點到下午六點", "cp950"),
+        ("질문;몇 시에 열어요?", "cp949"),
+        ("вопрос;Когда вы открываетесь?", "cp1251 koi8_r cp866 iso8859_5 mac_cyrillic"),
+        ("питання;Коли ви відкриваєтеся, їдьте", "cp1251 koi8_u"),
+        ("ερώτηση;Πότε ανοίγετε; Εντός τριάντα ημερών", "cp1253"),
+        ("שאלה;מתי אתם פותחים?", "cp1255"),
+        ("pytanie;proszę przyjść wcześniej żeby łatwo", "cp1250 iso8859_2"),
+        ("otázka;přijďte včas", "cp1250 iso8859_2"),
+        ("kérdés;Reggel kilenckor, előbb nem", "cp1250"),
+        ("soru;şimdiden bekleriz, açıyor", "cp1254"),
+        ("question;réponse : déjà là, très près", "cp850"),
+    ],
+)
+def test_a_short_text_shows_its_encoding(tmp_path: Path, text: str, encodings: str) -> None:
+    for encoding in encodings.split():
+        raw = f"{text}\n{text}\n".encode(encoding)
+        (tmp_path / "a.csv").write_bytes(raw)
+        (found,) = read_rows(str(tmp_path / "a.csv"), "train")
+        assert isinstance(found, Problem)
+        named = re.search(r"probably (\S+?)(?: or \S+)?; .*iconv -f (\S+) ", found.text)
+        assert named is not None
+        assert named[1] == named[2]
+        assert raw.decode(named[1]) == raw.decode(encoding)
+
+
+@pytest.mark.parametrize(
+    ("text", "encodings"),
+    [
+        ("Größe;5 °C ± 2 m² ist schön", "cp1252"),
+        ("Frage;Wann öffnen Sie? Früher", "cp1252 mac_roman"),
+        ("question;À côté de la gare et très près", "cp1252 mac_roman"),
+        ("opções;razão três então", "cp1252"),
+        ("Köln und Señor Muñoz;São Paulo garçon Åland", "cp1252"),
+        ("maður;að virðingu og þér", "cp1252"),
+    ],
+)
+def test_western_texts_are_read(tmp_path: Path, text: str, encodings: str) -> None:
+    for encoding in encodings.split():
+        (tmp_path / "a.csv").write_bytes(f"{text}\n{text}\n".encode(encoding))
+        notes: list[str] = []
+        (row,) = read_rows(str(tmp_path / "a.csv"), "train", notes)
+        assert isinstance(row, Row)
+        assert ";".join(row.data.values()) == text
+        assert notes == [f"a.csv: is not UTF-8 and read as {encoding}; look at a row with accents"]
+
+
+def test_sheets_and_lists_that_are_named_for_splits_are_a_folders_files(tmp_path: Path) -> None:
+    pytest.importorskip("python_calamine")
+    book, lists = tmp_path / "a.xlsx", tmp_path / "a.json"
+    names = {"Train set": "1", " validation": "2", "test": "3"}
+    xlsx(book, {name: [["q"], [q]] for name, q in names.items()} | {"Notes": [["x"], ["y"]]})
+    lists.write_text(json.dumps({name: [{"q": q}] for name, q in names.items()}))
+    for path in (book, lists):
+        for split, q in zip(SPLITS, names.values()):
+            notes: list[str] = []
+            assert [row.data for row in read_rows(str(path), split, notes) if isinstance(row, Row)] == [{"q": q}]
+            assert list(names)[int(q) - 1] + " is read" in notes[0]
+        data = DataSettings(train=str(path), format="text", fields={"text": "q"})
+        assert valid_source(data) == SourceSettings(path=str(path))
+        assert [example.item.text for example in load_splits(data, 0).valid] == ["2"]  # type: ignore[union-attr]
+        assert split_in(str(path), "test") == f"{path}:test"
+    # A sheet that is called so and is empty has no other in its place; without rows to train on none is meant so.
+    xlsx(book, {"train": [["q"], ["1"]], "valid": [["q"]]})
+    with pytest.raises(DataError, match="no rows"):
+        list(read_rows(str(book), "valid"))
+    xlsx(book, {"valid": [["q"], ["1"]], "Other": [["q"], ["2"]]})
+    assert not split_in(str(book), "valid")
+    with pytest.raises(DataError, match=r"2 sheets have rows; name one: data\.train=\S+:valid or"):
+        list(read_rows(str(book), "train"))
 
 
 def test_merged_cells_dates_numbers_and_formulas_are_what_they_show(tmp_path: Path) -> None:

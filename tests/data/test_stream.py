@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import sys
 import tracemalloc
 from collections import Counter
@@ -560,6 +561,64 @@ def test_a_mixture_in_memory_and_streamed_are_the_same(
     memory, stream = (build(settings(stream=on, mix=mix), tiny_tokenizer) for on in (False, True))
     assert taken(memory, 30) == taken(stream, 30)
     assert memory.summary() == stream.summary()
+
+
+@pytest.mark.parametrize("format", ["auto", "messages"])
+def test_each_source_is_read_by_its_own_format_and_fields(
+    settings: Callable[..., Config], tiny_tokenizer: Any, tmp_path: Path, format: str
+) -> None:
+    """Given, or found where its rows do not fit those of data.train; a resumed run keeps what was found."""
+    save_rows(tmp_path / "a.jsonl", 9)
+    asked = [{"Kunde": "k", "Anliegen": f"the {i}", "Reaktion": "is of it"} for i in range(8)]
+    mix = {
+        "b": {"path": save(tmp_path / "b.jsonl", asked), "fields": {"prompt": "Anliegen", "completion": "Reaktion"}},
+        "c": {"path": save_rows(tmp_path / "c.jsonl", 7, "alpaca")},
+        "d": {"path": save_rows(tmp_path / "d.jsonl", 6, start=40)},
+        "e": {"path": save_rows(tmp_path / "e.jsonl", 5, "text"), "format": "text"},
+    }
+    mix["b"] |= {} if format == "auto" else {"format": "prompt-completion"}
+    mix["c"] |= {} if format == "auto" else {"format": "auto"}
+    valid = {"path": str(tmp_path / "b.jsonl"), "format": "text", "fields": {"text": "{Anliegen}: {Reaktion}"}}
+    config = settings(format=format, mix=mix, valid=valid)
+    found = dataset.with_format(config).data
+    assert list(found.formats.values()) == ["messages", "prompt-completion", "alpaca", "messages", "text", "text"]
+    assert found.mix["d"].format is None, "its rows fit data.train"
+    assert found.notes[-1] == "c: rows are read as data.format: alpaca"
+    assert config.data.as_begun(found).model_dump() == found.model_dump()
+    memory, stream = (build(settings(format=format, mix=mix, valid=valid, stream=on), tiny_tokenizer) for on in (0, 1))
+    assert taken(memory, 30) == taken(stream, 30)
+    assert rows_of(memory, valid=True) == rows_of(stream, valid=True)
+    assert memory.summary().counts["rows"] == 35
+    assert (
+        tiny_tokenizer.decode(rows_of(memory, valid=True)[3][0]).removesuffix("<|im_end|>").endswith("the 3: is of it")
+    )
+
+
+def test_a_source_that_is_read_wrong_names_its_own_settings(
+    settings: Callable[..., Config], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    save_rows(tmp_path / "a.jsonl", 9)
+    rows = [{"x": f"q {i}", "y": f"a {i}"} for i in range(8)]
+    odd = save(tmp_path / "odd.jsonl", rows)
+    for at, changes in (("data.mix.b", {"mix": {"b": {"path": odd}}}), ("data.valid", {"valid": odd})):
+        with pytest.raises(DataError, match=rf"{at}.*odd.*\n.*\n  {at}.format=(\S+) '{at}.fields=(.*)'\n") as error:
+            build(settings(format="auto", **changes), tiny_tokenizer)
+        format, fields = re.search(r"format=(\S+) '\S+fields={(.*)}'", str(error.value)).groups()  # type: ignore[union-attr]
+        own = {"path": odd, "format": format, "fields": dict(part.split(": ") for part in fields.split(", "))}
+        build(
+            settings(format="auto", **({"valid": own} if at == "data.valid" else {"mix": {"b": own}})), tiny_tokenizer
+        )
+    wrong = {"path": odd, "format": "prompt-completion", "fields": {"prompt": "x", "completion": "z"}}
+    with pytest.raises(ConfigError, match=r"data\.mix\.b\.fields\.completion is 'z'"):
+        build(settings(mix={"b": wrong}), tiny_tokenizer)
+    with pytest.raises(
+        DataError, match=r"1 file has other columns: odd\.jsonl; .*: data\.mix\.odd\.path=\S+odd\.jsonl"
+    ):
+        build(settings(format="auto", train=[str(tmp_path / "a.jsonl"), odd]), tiny_tokenizer)
+    with pytest.raises(ConfigError, match=r"data\.mix\.b\.format: preference is not for objective sft"):
+        build(settings(mix={"b": {"path": odd, "format": "preference"}}), tiny_tokenizer)
+    with pytest.raises(ConfigError, match=r"data\.valid: pat: no such setting \(did you mean path"):
+        settings(valid={"path": odd, "pat": odd})
 
 
 def test_validation_rows_are_held_out_of_data_train_alone(

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxft.model.adapters import LoRASpec, adapter_config, attach, select_targets, trainable_weights
+from mlxft.model.adapters import LoRASpec, adapter_config, attach, select_targets, trained_weights
 from mlxft.model.load import load
 
 
@@ -35,5 +35,5 @@ def _save_adapter(model_dir: Path, folder: Path, targets: Any = "all-linear", do
     base = {"base": {"model": str(model_dir), "fingerprint": loaded.fingerprint, "dtype": "float32"}}
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(adapter_config(spec, loaded.model, base)), "utf-8")
-    mx.save_safetensors(str(folder / "adapters.safetensors"), trainable_weights(loaded.model))
+    mx.save_safetensors(str(folder / "adapters.safetensors"), trained_weights(loaded.model))
     return loaded.model

@@ -265,6 +265,37 @@ def test_parts_that_are_not_whole(parts: list[Path]) -> None:
         load(str(parts[1].with_name("c.gguf")))
 
 
+def test_parts_of_two_files(tmp_path: Path) -> None:
+    """With the same names, numbers and tensors: a wider model's, and one that says that it is another."""
+    parts = {}
+    for width in (32, 64):
+        export_gguf(family_dir(tmp_path / f"m{width}", "mixtral", hidden_size=width), tmp_path / "a.gguf", kind="f16")
+        rewritten(tmp_path / "a.gguf", tmp_path / f"{width}.gguf", lambda *_: None, split_max_tensors=8)
+        (tmp_path / "a.gguf").rename(tmp_path / f"a{width}.gguf")
+        parts[width] = sorted(tmp_path.glob(f"{width}-*.gguf"))
+    second = parts[32][1]
+    inside = {t.name for t in GGUFReader(second).tensors}
+
+    def change(said: dict[str, Any], tensors: dict[str, Any]) -> None:
+        for key, value in (("no", 1), ("count", 3), ("tensors.count", len(tensors))):
+            said[f"split.{key}"] = (value, GGUFValueType.UINT32, None)
+        said["general.name"] = ("theirs", GGUFValueType.STRING, None)
+        for name in set(tensors) - inside:
+            del tensors[name]
+
+    rewritten(tmp_path / "a32.gguf", second, change)
+    with pytest.raises(
+        ModelError,
+        match=r"-00002-of-00003\.gguf: .* another file: it says theirs for general\.name, the first part m32",
+    ):
+        load(str(parts[32][0]))
+    second.write_bytes(parts[64][1].read_bytes())
+    with pytest.raises(
+        ModelError, match=r"-00002-of-00003\.gguf: is a part of another file: it holds \w+\.weight as F16"
+    ):
+        load(str(parts[32][2]))
+
+
 @pytest.mark.parametrize(
     ("case", "changes", "says"),
     [

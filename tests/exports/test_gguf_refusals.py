@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from mlxft.cli.export import export
 from mlxft.errors import ConfigError, ExportError, ModelError
-from mlxft.exports.gguf import _FILE_TYPES, export_gguf
+from mlxft.exports.fuse import convert_model
+from mlxft.exports.gguf import export_gguf
+from mlxft.exports.ollama import export_ollama
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -114,6 +117,26 @@ def test_what_stands_there_is_safe(tiny_model_dir: Path, tmp_path: Path, monkeyp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "c.gguf", "d.gguf"]
 
 
+def test_nothing_is_left_of_what_cannot_grow(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A limit on the size of files ends writing amid the weights, as a full disk does."""
+    ways: list[Callable[[Path], object]] = [
+        partial(export_gguf, tiny_model_dir, kind="f16"),
+        partial(export_ollama, tiny_model_dir, kind="q8_0"),
+        partial(convert_model, str(tiny_model_dir)),
+    ]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        for way in ways:
+            with pytest.raises(
+                ExportError, match=r"out\S*: writing failed, nothing is left of it: .*a limit on the size"
+            ):
+                way(tmp_path / "out.gguf")
+            assert not any(tmp_path.iterdir())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def _full(*_: Any) -> None:
     raise OSError(28, "No space left on device")
 
@@ -126,9 +149,3 @@ def test_numbers_too_large_for_f16(tiny_model: Any, tiny_model_dir: Path, tmp_pa
     with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight: .*too large for f16, use bf16"):
         export_gguf(tmp_path / "m", tmp_path / "a.gguf", kind="f16")
     export_gguf(tmp_path / "m", tmp_path / "a.gguf", kind="bf16")
-
-
-def test_the_command_offers_the_types_that_are_written() -> None:
-    """The command has a list of its own, since that of the package would import MLX for `mlxft --help`."""
-    (kind,) = (option for option in export.params if option.name == "kind")
-    assert set(kind.type.choices) == set(_FILE_TYPES)  # type: ignore[attr-defined]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +13,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from gguf import GGUFReader
 
+import mlxft
+from mlxft.cli.export import export
 from mlxft.data.dataset import Encoded
 from mlxft.errors import ConfigError, ExportError
 from mlxft.exports import llama_cpp
@@ -22,14 +27,16 @@ from mlxft.exports.ollama import export_ollama
 from mlxft.model.gguf import ARCHITECTURES, MODEL_TYPES
 from mlxft.model.layers import LoRALinear
 from mlxft.model.load import load
+from tests.exports.test_gguf_families import family_dir
+from tests.exports.test_gguf_out import repack
 
 # Writes what it was called with beside the files, and copies the floats.
 QUANTISER = """#!{python}
 import pathlib, shutil, sys
 pathlib.Path("{log}").write_text(" ".join(sys.argv[1:]))
 *options, source, out, kind = sys.argv[1:]
-if options:
-    shutil.copy(options[1], "{log}.matrix")
+if "--imatrix" in options:
+    shutil.copy(options[options.index("--imatrix") + 1], "{log}.matrix")
 print("[   1/   1] output.weight - ...", flush=True)
 if kind == "Q6_K":
     sys.exit("failed to quantize: no such thing")
@@ -56,7 +63,9 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda _: None)
 
 
-def test_floats_go_through_the_quantiser(tiny_model_dir: Path, quantiser: Path, tmp_path: Path) -> None:
+def test_floats_go_through_the_quantiser(
+    tiny_model_dir: Path, quantiser: Path, tmp_path: Path, save_adapter: Any
+) -> None:
     told: list[str] = []
     out = tmp_path / "out" / "a.gguf"
     (tmp_path / "rows.jsonl").write_text(ROWS)
@@ -80,6 +89,36 @@ def test_floats_go_through_the_quantiser(tiny_model_dir: Path, quantiser: Path, 
     folder = tmp_path / "ollama"
     assert "q4_k_m" in export_ollama(tiny_model_dir, folder, kind="q4_k_m")[0]
     assert sorted(p.name for p in folder.iterdir()) == [".mlxft.json", "Modelfile", "model.gguf"]
+    save_adapter(out, tmp_path / "adapter")
+    said = export_gguf(tmp_path / "adapter", tmp_path / "b.gguf", kind="q4_k_m")
+    assert any("a.gguf: the adapter alone (--lora), used beside it, is not rounded" in line for line in said)
+
+
+@pytest.mark.usefixtures("quantiser")
+def test_the_first_rows_of_a_stream_are_weighed(
+    recipe: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLXFT_CACHE", str(tmp_path / "cache"))
+    run = mlxft.train(recipe(**{"data.stream": True, "data.format": "auto", "run.steps": 1})).dir
+    monkeypatch.setattr("mlxft.exports.fuse._STREAMED", 6)
+    said = export_gguf(run, tmp_path / "a.gguf", kind="q4_k_m", imatrix="train")
+    assert any(line.startswith("importance matrix of ") and "in 6 rows (training rows)" in line for line in said)
+
+
+def test_mxfp4_is_kept(tmp_path: Path, quantiser: Path) -> None:
+    """llama.cpp refuses to quantise it again, unless it is named as the type that its tensors are to have."""
+    folder = family_dir(tmp_path / "m", "gpt_oss", hidden_size=64, intermediate_size=64)
+    export_gguf(folder, tmp_path / "a.gguf", kind="f32")
+    repack(tmp_path / "a.gguf", tmp_path / "b.gguf", "MXFP4")
+    said = export_gguf(tmp_path / "b.gguf", tmp_path / "c.gguf", kind="q4_k_m")
+    option, given, *_ = quantiser.read_text().split()
+    pattern, _, form = given.rpartition("=")
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader(tmp_path / "c.gguf").tensors}
+    assert (option, form) == ("--tensor-type", "MXFP4")
+    assert {name for name in kinds if re.search(pattern, name)} == {n for n in kinds if n.endswith("_exps.weight")}
+    assert {kinds[name] for name in kinds if re.search(pattern, name)} == {"MXFP4"}
+    assert kinds["blk.0.attn_q.weight"] == "F16"
+    assert "6 layers of experts stay in mxfp4" in said
 
 
 def test_nothing_is_left_of_a_failure(
@@ -97,7 +136,19 @@ def test_nothing_is_left_of_a_failure(
     with pytest.raises(KeyboardInterrupt):
         export_gguf(tiny_model_dir, out, kind="q4_k_m", tell=interrupted)
     assert not any(out.parent.iterdir())
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=48 << 20))
+    free = 1 << 40
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+
+    def fills(text: str) -> None:
+        nonlocal free
+        free = 0 if "tensor" in text else free
+
+    with pytest.raises(
+        ExportError, match=r"a\.gguf: writing failed, nothing is left of it: .*No space.* \(0 bytes are"
+    ):
+        export_gguf(tiny_model_dir, out, kind="q6_k", tell=fills)
+    assert not any(out.parent.iterdir())
+    free = 48 << 20
     with pytest.raises(ExportError, match="are free on its disk"):
         export_gguf(tiny_model_dir, out, kind="q4_k_m")
 
@@ -149,10 +200,11 @@ def test_importance_is_the_mean_square_of_inputs(
     assert isinstance(layer.self_attn.q_proj, LoRALinear)
 
 
-def test_a_file_is_measured_in_llama_cpp(
+@pytest.mark.usefixtures("quantiser")
+def test_types_are_measured_in_llama_cpp(
     tiny_model_dir: Path, tmp_path: Path, save_adapter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for llama-cpp-python that computes what the file says with mlxft."""
+    """A stand-in for llama-cpp-python that computes what the file says with mlxft; f16 is what q4_k_m is made from."""
 
     class Llama:
         def __init__(self, file: str, n_ctx: int, **_: Any) -> None:
@@ -169,12 +221,27 @@ def test_a_file_is_measured_in_llama_cpp(
     with pytest.raises(ExportError, match=r"pip install 'mlxft\[llama-cpp\]'"):
         export_gguf(tmp_path / "adapter", tmp_path / "a.gguf", kind="f32", measure=True)
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))
-    lines = [
-        export_gguf(tmp_path / "adapter", tmp_path / f"{kind}.gguf", kind=kind, measure=True)[-1]
-        for kind in ("f32", "q8_0")
-    ]
-    gaps = [float(line.split("KL a token ")[1].split(",")[0]) for line in lines]
-    assert 0 <= gaps[0] < 1e-6 < gaps[1]
-    assert "kept 100.0% of the adaptation" in lines[0]
+    out, kinds = tmp_path / "out" / "a.gguf", ("q8_0", "f32", "q4_k_m")
+    types = [part for kind in kinds for part in ("--type", kind)]
+    asked = [str(tmp_path / "adapter"), str(out), "--format", "gguf", *types, *types, "--measure", "--json"]
+    done = CliRunner().invoke(export, asked, catch_exceptions=False)
+    told = json.loads(done.stdout)
+    assert told["type"] == ",".join(kinds)
+    assert sorted(p.name for p in out.parent.iterdir()) == sorted(f"a-{kind}.gguf" for kind in kinds)
+    assert [(f["type"], f["path"]) for f in told["files"]] == [(k, str(out.with_name(f"a-{k}.gguf"))) for k in kinds]
+    gaps = {f["type"]: f["kl"] for f in told["files"]}
+    assert 0 <= gaps["f32"] < 1e-6 < gaps["q8_0"]
+    assert told["files"][1]["kept"] == pytest.approx(1, abs=1e-4)
+    assert told["adapted_to_base"] > 0 < told["probe"]["tokens"]
+    at = next(i for i, line in enumerate(told["said"]) if line.startswith("type "))
+    assert told["said"][at].endswith("  KL a token    kept  same likeliest token")
+    assert [line.split()[0] for line in told["said"][at + 1 : at + 4]] == [*kinds]
+    alone = export_gguf(tmp_path / "adapter", tmp_path / "b.gguf", kind="q8_0")
+    assert (tmp_path / "b.gguf").read_bytes() == out.with_name("a-q8_0.gguf").read_bytes()
+    assert "kl" not in alone.figures["files"][0]
+    with pytest.raises(ConfigError, match=r"try .*/c\.gguf"):
+        export_gguf(tmp_path / "adapter", tmp_path / "c", kind=kinds)
+    with pytest.raises(ExportError, match=r"holds one \.gguf file, not q8_0, f32"):
+        export_ollama(tmp_path / "adapter", tmp_path / "o", kind=kinds[:2])
     with pytest.raises(ConfigError, match="no run is known here"):
-        export_gguf(tmp_path / "adapter", tmp_path / "b.gguf", kind="f32", measure=True, probe="valid")
+        export_gguf(tmp_path / "adapter", tmp_path / "c.gguf", kind="f32", measure=True, probe="valid")

@@ -136,6 +136,9 @@ def test_an_adapter_goes_on(recipe: Recipe) -> None:
         mlxft.train({**settings, "tune": {"quantize_aware": 3}})
     model = mlxft.load(mlxft.train({**settings, "tune": {}}).dir).model
     assert {m.form.bits for m in model.modules() if isinstance(m, LowRank) and m.form} == {4}
+    (run.result / "inputs.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"without inputs\.safetensors.* copy that file"):
+        mlxft.load(run.dir)
 
 
 def test_the_plan_counts_it(recipe: Recipe) -> None:

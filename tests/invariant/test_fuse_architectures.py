@@ -7,9 +7,9 @@ import mlx.nn as nn
 import pytest
 from architectures import ARCHITECTURES, MORE, NOT, build, names, scatter
 
-from mlxft.exports.fuse import fuse_layers, standing_in, standins, uniform, unpacked
+from mlxft.exports.fuse import fuse_layers, uniform
 from mlxft.model.adapters import LoRASpec, attach, select_targets
-from mlxft.model.layers import LINEAR, LowRank
+from mlxft.model.layers import LINEAR, LowRank, standing_in, standins, unpacked
 
 IDS = mx.array([[3, 40, 12, 5, 21, 9]])
 

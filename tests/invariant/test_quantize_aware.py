@@ -8,12 +8,26 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxft.exports.fuse import fuse_layers, standing_in, uniform
+from mlxft.exports.fuse import fuse_layers, uniform
 from mlxft.model.adapters import LoRASpec, prepare_adapter, select_targets
-from mlxft.model.layers import QUANTIZED, LoRALinear, LowRank, dense_weight, plain_layer, rounded_once, unrounded
+from mlxft.model.layers import (
+    INPUTS,
+    QUANTIZED,
+    LoRALinear,
+    LowRank,
+    WeightForm,
+    dense_weight,
+    measure_inputs,
+    plain_layer,
+    rounded_once,
+    standing_in,
+    unrounded,
+    wrap,
+)
 from mlxft.model.load import load
 
 Maker = Callable[..., Path]
@@ -72,8 +86,10 @@ def test_a_base_keeps_its_grid(bits: int, tiny_model_dir: Path) -> None:
     model = aware(tiny_model_dir, "all-linear", False, bits, 0.0, quantize=bits, group_size=32)
     for layer in low_rank(model).values():
         assert layer.form is not None
-        assert mx.array_equal(layer.form.rounded(layer)[0], layer.base.weight)
+        for given, own in zip(layer.form.rounded(layer), (layer.base.weight, layer.base.scales, layer.base.biases)):
+            assert mx.array_equal(given, own)
     (layer, *_) = (m for m in low_rank(model).values() if isinstance(m, LoRALinear))
+    layer.pop(INPUTS)  # or biases move too
     step = mx.abs(layer.base.scales).min()
     layer.lora_a, layer.lora_b = mx.ones(layer.lora_a.shape), mx.full(layer.lora_b.shape, step / 80)  # a tenth
     moved = layer.fused_weight() - dense_weight(layer.base)
@@ -82,6 +98,55 @@ def test_a_base_keeps_its_grid(bits: int, tiny_model_dir: Path) -> None:
     assert 0 < by_one.mean() < 0.12
     inside = 1 - 2.0**-bits  # what is at the end of its group's range cannot move out of it
     assert float(moved.mean() / step) == pytest.approx(0.1 * inside, rel=0.3)
+
+
+@pytest.mark.parametrize("options", [{"quantize": 4, "group_size": 32}, {}])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_biases_take_out_the_error_along_strong_inputs(
+    kind: str, options: Any, tmp_path: Path, make_model_dir: Maker
+) -> None:
+    """The shifts of the biases are those of least squares over inputs with the moments that were measured."""
+    model = aware(make_model_dir(tmp_path / kind, kind), "all-linear", False, **options)
+    for layer in low_rank(model).values():
+        assert not mx.any(layer[INPUTS])
+    measure_inputs(model, [[3, 40, 77, 5, 21, 9, 250, 3], [8, 9, 10, 11, 12, 13, 200, 100, 3]])
+    noted = {path: layer[INPUTS] for path, layer in low_rank(model).items()}
+    measure_inputs(model, [[1, 2]])
+    assert all(layer[INPUTS] is noted[path] for path, layer in low_rank(model).items()), "known ones stay"
+    for path, layer in low_rank(model).items():
+        form = layer.form
+        assert form is not None
+        shifted = form.rounded(layer)
+        directions = layer.pop(INPUTS)
+        plain, wanted = form.rounded(layer), np.array(layer.adapted_weight(exact=True), np.float64)
+        assert all(mx.array_equal(one, other) for one, other in zip(shifted[:2], plain[:2]))
+        error = np.array(mx.dequantize(*plain, form.group_size, form.bits), np.float64) - wanted
+        f = np.array(directions, np.float64)
+        assert np.linalg.matrix_rank(f) == 8, path
+        moments = f @ f.T + np.eye(len(f))
+        groups = np.kron(np.eye(len(f) // form.group_size), np.ones((form.group_size, 1)))
+        least = -error @ moments @ groups @ np.linalg.inv(groups.T @ moments @ groups)
+        found = np.array(shifted[2] - plain[2], np.float64)
+        assert np.allclose(found, least, atol=1e-6 + 1e-3 * np.abs(least).max()), path
+
+
+def test_strong_directions_are_found() -> None:
+    """Inputs with three strong directions: of the error of other inputs like them little is left."""
+    mx.random.seed(1)
+    base = nn.Linear(256, 32, bias=False)
+    layer = wrap(base, 4, 1.0, 0.0, False)
+    layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)
+    layer.form = WeightForm(3, 32)
+    strong = mx.array([30.0, 10.0, 5.0])[:, None] * mx.random.normal((3, 256))
+    x = mx.random.normal((500, 3)) @ strong + mx.random.normal((500, 256))
+
+    def loss() -> float:
+        return float((layer.rounded()(x) - x @ layer.adapted_weight().T).square().mean())
+
+    model = nn.Sequential(lambda ids: x[ids], layer)
+    before = loss()
+    measure_inputs(model, [list(range(250))])
+    assert loss() < before / 50
 
 
 @pytest.mark.parametrize("options", [{"quantize": 4, "group_size": 32}, {}])

@@ -20,7 +20,7 @@ from rich.console import Console
 import mlxft
 from mlxft.build import load_base, make_objective, prepare
 from mlxft.config import parse_config
-from mlxft.model.adapters import trainable_weights
+from mlxft.model.adapters import trained_weights
 from mlxft.model.load import Loaded
 from mlxft.objectives.sft import SFT, make_batch
 from mlxft.run import as_config, total_steps
@@ -58,7 +58,7 @@ def step_of(settings: dict[str, Any]) -> tuple[Arrays, Arrays, float]:
     events: list[dict[str, Any]] = []
     hooks = Hooks(events.append, lambda p: None, lambda p: None, lambda p: None)
     Loop(loaded.model, objective, optimizer, config, 1, Progress(), hooks).run()
-    return seen, trainable_weights(loaded.model), events[0]["loss"]
+    return seen, trained_weights(loaded.model), events[0]["loss"]
 
 
 def close(one: Arrays, other: Arrays, tolerance: float) -> None:

@@ -27,7 +27,7 @@ from mlxft.model.adapters import (
     select_layers,
     select_parameters,
     select_targets,
-    trainable_weights,
+    trained_weights,
 )
 from mlxft.model.layers import plain_layer
 from mlxft.model.load import Loaded, base_fingerprint, load
@@ -63,7 +63,7 @@ def scatter(model: nn.Module, seed: int = 0) -> None:
 def save(folder: Path, model: nn.Module, spec: LoRASpec | None, about: dict[str, Any] | None = None) -> Path:
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(adapter_config(spec, model, about or {})), "utf-8")
-    mx.save_safetensors(str(folder / "adapters.safetensors"), trainable_weights(model))
+    mx.save_safetensors(str(folder / "adapters.safetensors"), trained_weights(model))
     return folder
 
 
@@ -153,14 +153,14 @@ def test_layers_that_there_are_not(layers: Any, model: nn.Module) -> None:
 
 def test_an_adapter_trains_its_own_matrices_only(model: nn.Module) -> None:
     spec = adapted(model, "attention")
-    assert set(trainable_weights(model)) == {f"{p}.{leaf}" for p in spec.paths for leaf in ("lora_a", "lora_b")}
-    assert all(v.dtype == mx.float32 for v in trainable_weights(model).values())
+    assert set(trained_weights(model)) == {f"{p}.{leaf}" for p in spec.paths for leaf in ("lora_a", "lora_b")}
+    assert all(v.dtype == mx.float32 for v in trained_weights(model).values())
 
 
 def test_whole_modules_beside_an_adapter(model: nn.Module) -> None:
     spec = LoRASpec(tuple(select_targets(model, "attention", "all")), 4, 2.0)
     prepare_adapter(model, spec, ["model.norm", "input_layernorm"])
-    whole = {n for n in trainable_weights(model) if "lora" not in n}
+    whole = {n for n in trained_weights(model) if "lora" not in n}
     assert whole == {"model.norm.weight", *(f"model.layers.{i}.input_layernorm.weight" for i in (0, 1))}
 
 
@@ -188,7 +188,7 @@ def test_what_full_trains(
 ) -> None:
     every = {n for n, _ in tree_flatten(model.parameters())}
     prepare_full(model, layers, train, freeze)
-    assert set(trainable_weights(model)) == {n for n in every if wanted(n)} != set()
+    assert set(trained_weights(model)) == {n for n in every if wanted(n)} != set()
 
 
 def test_full_refusals(model: nn.Module, tiny_model_dir: Path) -> None:
@@ -272,7 +272,7 @@ def test_mlx_lms_adapter_in_ours(
     spec = load_adapter(loaded.model, folder, base_fingerprint(loaded))
     assert spec is not None
     assert (spec.rank, spec.scale, spec.dora) == (4, 3.0, dora)
-    assert set(trainable_weights(loaded.model)) == {n for n, _ in tree_flatten(theirs.trainable_parameters())}
+    assert set(trained_weights(loaded.model)) == {n for n, _ in tree_flatten(theirs.trainable_parameters())}
     assert mx.allclose(loaded.model(IDS), theirs(IDS), atol=1e-4)
 
 
@@ -301,7 +301,7 @@ def test_factors_are_float32_whatever_a_file_has(model: nn.Module, tiny_model_di
     mx.save_safetensors(str(file), half)
     again = load(str(tiny_model_dir), dtype="bfloat16").model
     load_adapter(again, folder)
-    found = trainable_weights(again)
+    found = trained_weights(again)
     assert {n: w.dtype for n, w in found.items()} == dict.fromkeys(half, mx.float32)
     assert all(mx.array_equal(w, half[n]) for n, w in found.items())
 
@@ -314,7 +314,7 @@ def test_whole_modules_are_saved_and_loaded(model: nn.Module, tiny_model_dir: Pa
     again = load(str(tiny_model_dir), dtype="float32").model
     load_adapter(again, saved)
     assert mx.array_equal(again(IDS), model(IDS))
-    assert set(trainable_weights(again)) == set(trainable_weights(model))
+    assert set(trained_weights(again)) == set(trained_weights(model))
     import mlx_lm
 
     # Refused there, by name, not left out in silence.
@@ -378,7 +378,7 @@ def test_outputs_keep_the_models_type(name: str, dora: bool, tiny_model_dir: Pat
     model = load(str(tiny_model_dir), dtype=name).model
     adapted(model, "all-linear" if dora else ["all-linear", "embed_tokens"], dora)
     assert model(IDS).dtype == getattr(mx, name)
-    assert {v.dtype for v in trainable_weights(model).values()} == {mx.float32}
+    assert {v.dtype for v in trained_weights(model).values()} == {mx.float32}
 
 
 @pytest.mark.parametrize(

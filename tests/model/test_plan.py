@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
@@ -91,6 +91,45 @@ def test_a_skeleton_has_the_shapes_and_types_of_the_loaded_model(
         ]
         assert shapes[0] == shapes[1]
         assert ours.fingerprint == without_weights(theirs.fingerprint)
+
+
+def test_published_mxfp4_is_known_before_it_is_loaded(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """gpt-oss as its maker packs it: codes and scales of the experts, all else in bfloat16, no type named."""
+    folder = make_model_dir(tmp_path / "oss", "gpt_oss", hidden_size=64, intermediate_size=64)
+    weights_file = next(folder.glob("*.safetensors"))
+    weights = {k: v.astype(mx.bfloat16) for k, v in cast(dict[str, mx.array], mx.load(str(weights_file))).items()}
+
+    def packed(name: str) -> dict[str, mx.array]:
+        codes, scales = mx.quantize(weights.pop(f"{name}.weight"), 32, 4, mode="mxfp4")
+        return {
+            "blocks": codes.view(mx.uint8).reshape(*scales.shape, 16),
+            "scales": scales,
+            "bias": weights.pop(f"{name}.bias"),
+        }
+
+    for name in [name.rpartition(".gate")[0] for name in list(weights) if name.endswith("gate_proj.weight")]:
+        gate, up, down = (packed(f"{name}.{part}_proj") for part in ("gate", "up", "down"))
+        weights |= {f"{name}.down_proj_{part}": value for part, value in down.items()}
+        for part, value in gate.items():  # one row of each, in turn
+            both = mx.stack([value, up[part]], axis=2)
+            weights[f"{name}.gate_up_proj_{part}"] = both.reshape(len(value), -1, *value.shape[2:])
+    mx.save_safetensors(str(weights_file), weights)
+    config = json.loads((folder / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    for name in ("dtype", "torch_dtype", "quantization"):
+        config.pop(name, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    for dtype in ("own", "float32"):
+        ours, theirs = skeleton(str(folder), dtype=dtype), load(str(folder), dtype=dtype)
+        shapes = [
+            {n: (v.shape, v.dtype) for n, v in tree_flatten(found.model.parameters())} for found in (ours, theirs)
+        ]
+        assert shapes[0] == shapes[1]
+        assert ours.config["quantization"] == theirs.config["quantization"]
+        assert ours.fingerprint == without_weights(theirs.fingerprint)
+    experts = ours.model.model.layers[0].mlp.experts.up_proj
+    assert (experts.weight.nbytes + experts.scales.nbytes) * 8 == 4.25 * experts.num_experts * 64 * 64
 
 
 def test_config_json_is_all_it_takes(recipe: Make, tiny_model_dir: Path, tmp_path: Path) -> None:

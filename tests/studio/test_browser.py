@@ -118,6 +118,30 @@ def test_a_run_is_started_watched_stopped_and_resumed(browser: Any, served: Serv
     assert wrong == []
 
 
+def test_the_list_of_runs_follows_them_and_leaves_focus_and_fields_alone(browser: Any, served: Served) -> None:
+    page, wrong = opened(browser, served)
+    page.fill("#set", "run.name=mine")
+    box = page.get_by_label("Compare runs/done")
+    box.check()
+    page.evaluate("document.querySelector('#set').mark = 1")
+    link = page.get_by_role("link", name="runs/short")
+    link.focus()
+    assert served.ask("/start", recipe="recipe.yaml", set="run.name=listed\nrun.steps=100000")[0] == 303
+    row = page.locator("tr", has=page.get_by_role("link", name="runs/listed"))
+    row.locator(".badge.running").wait_for()  # without a reload
+    assert page.evaluate("document.activeElement.textContent") == "runs/short"
+    box.focus()
+    step = row.locator("[data-part$=step]")
+    sync_api.expect(step).not_to_have_text(str(step.text_content()), timeout=LONG)
+    assert served.ask("/stop", run="runs/listed")[0] == 303
+    row.locator(".badge.interrupted").wait_for()
+    assert box.is_checked()
+    assert page.evaluate("document.activeElement.value") == "runs/done"
+    assert page.input_value("#set") == "run.name=mine"
+    assert page.evaluate("document.querySelector('#set').mark") == 1
+    assert wrong == []
+
+
 def test_base_and_run_are_compared_as_they_write(browser: Any, served: Served) -> None:
     page, wrong = opened(browser, served)
     page.goto(f"{served.base}/playground?run=runs/short")
@@ -189,6 +213,7 @@ def test_pages_fit_read_aloud_and_make_no_errors(browser: Any, served: Served, s
 
 def test_pages_are_readable_without_javascript(browser: Any, served: Served) -> None:
     page, _ = opened(browser, served, java_script_enabled=False)
+    assert page.get_by_role("link", name="runs/done").is_visible()
     page.goto(f"{served.base}/run?run=runs/done")
     assert page.locator("polyline").count() > 0
     page.click("summary:has-text('Numbers') >> nth=0")

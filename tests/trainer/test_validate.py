@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlxft.config import parse_config
-from mlxft.model.adapters import LoRASpec, prepare_adapter, select_targets, trainable_weights
+from mlxft.model.adapters import LoRASpec, prepare_adapter, select_targets, trained_weights
 from mlxft.model.layers import random_state
 from mlxft.model.load import Loaded
 from mlxft.objectives.sft import SFT
@@ -64,12 +64,12 @@ def test_dropout_is_off_and_nothing_is_left_changed(recipe: Recipe, tiny_model: 
     found = objective(recipe(**{"data.valid": 0.5}), tiny_model)
     model.train()
     mx.random.seed(7)
-    state, weights = random_state(), {n: v.tolist() for n, v in trainable_weights(model).items()}
+    state, weights = random_state(), {n: v.tolist() for n, v in trained_weights(model).items()}
     first, second = validate(model, found), validate(model, found)
     assert first == second
     assert model.training
     assert random_state() == state
-    assert {n: v.tolist() for n, v in trainable_weights(model).items()} == weights
+    assert {n: v.tolist() for n, v in trained_weights(model).items()} == weights
     model.eval()
     assert validate(model, found) == first
     assert not model.training

@@ -58,7 +58,8 @@ function setUpPlot(plot) {
   svg.addEventListener("pointerleave", () => { readout.hidden = true; cursor.remove(); });
 }
 
-// A run's page: whenever the server says that something changed, fetch the changing parts, and replace what differs.
+// Whenever the server says that something changed (a run, or the list of them), fetch the parts that change, and
+// replace what differs; the focus, what is ticked and what is unfolded stay.
 function follow(live) {
   let source = null;
   let busy = false, again = false;
@@ -68,7 +69,8 @@ function follow(live) {
     again = false;
     try {
       const reply = await fetch(live.dataset.from);
-      if (reply.ok) replaceParts(live, new DOMParser().parseFromString(await reply.text(), "text/html").body);
+      const fresh = reply.ok ? new DOMParser().parseFromString(await reply.text(), "text/html").body : null;
+      if (fresh) keeping(live, () => replaceParts(live, fresh));
     } catch { /* the studio has ended; the stream says so */ }
     busy = false;
     if (again) setTimeout(update, 300);
@@ -83,6 +85,19 @@ function follow(live) {
   listen();
 }
 
+function keeping(live, change) {
+  const said = (e) => e.getAttribute("aria-label") ?? (/^(A|BUTTON|SUMMARY)$/.test(e.tagName) ? e.textContent : "");
+  const name = (e) => [e.id, e.tagName, e.name, e.value, e.getAttribute("href"), said(e)].join();
+  const all = (selector) => [...live.querySelectorAll(selector)];
+  const stops = "a, button, input, summary, [tabindex]", at = document.activeElement;
+  const like = live.contains(at) ? all(stops).filter((e) => name(e) === name(at)) : [];
+  const ticked = new Set(all("input:checked").map(name)), across = all(".scroll").map((e) => e.scrollLeft);
+  change();
+  all("input[type=checkbox]").forEach((box) => { box.checked = ticked.has(name(box)); });
+  all(".scroll").forEach((e, i) => { e.scrollLeft = across[i] ?? 0; });
+  if (like.length && !at.isConnected) all(stops).filter((e) => name(e) === name(at))[like.indexOf(at)]?.focus({ preventScroll: true });
+}
+
 function replaceParts(live, fresh) {
   const parts = [...fresh.querySelectorAll("[data-part]")];
   const there = [...live.querySelectorAll("[data-part]")];
@@ -95,7 +110,7 @@ function replaceParts(live, fresh) {
     const old = there[i];
     const open = [...old.querySelectorAll("details")].map((d) => d.open);
     part.querySelectorAll("details").forEach((d, n) => { if (open[n] !== undefined) d.open = open[n]; });
-    if (part.isEqualNode(old) || (old.contains(document.activeElement) && part.dataset.part === "actions" && part.textContent === old.textContent)) return;
+    if (part.isEqualNode(old)) return;
     old.replaceWith(part);
     part.querySelectorAll(".plot").forEach(setUpPlot);
   });
