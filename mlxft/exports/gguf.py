@@ -35,7 +35,7 @@ from mlxft.files import check_file, explained, is_stream, note, temporary, write
 from mlxft.model import gguf
 from mlxft.model.adapters import read_adapter_config, trained_weights
 from mlxft.model.folder import check_space, check_unused, foreign
-from mlxft.model.layers import INPUTS, LEAVES, QUANTIZED, LoRALinear, LoRASwitchLinear, LowRank, dense_weight
+from mlxft.model.layers import QUANTIZED, SAVED, LoRALinear, LoRASwitchLinear, LowRank, dense_weight
 from mlxft.model.load import ALIASES, Loaded, resolve
 from mlxft.runs import find_adapter, load_run
 from mlxft.text import parse_json
@@ -528,7 +528,7 @@ def _adapter_tensors(
     if tuned != "lora":
         what = "DoRA rescales rows of the base" if tuned == "dora" else "it was fully fine-tuned"
         raise ExportError(f"--lora: {folder}: {what}, which a .gguf adapter cannot express; {_WHOLE}")
-    trained = [n for n in trained_weights(loaded.model) if n.rpartition(".")[2] not in (*LEAVES, INPUTS)]
+    trained = [n for n in trained_weights(loaded.model) if n.rpartition(".")[2] not in SAVED]
     if trained:
         raise ExportError(
             f"--lora: {trained[0]} was trained whole, and a .gguf adapter holds low-rank updates only; {_WHOLE}"

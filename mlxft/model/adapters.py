@@ -36,6 +36,7 @@ from mlxft.model.layers import (
     LEAVES,
     LINEAR,
     QUANTIZED,
+    SAVED,
     LowRank,
     adaptable,
     bias_group,
@@ -514,7 +515,7 @@ def load_adapter(model: nn.Module, folder: Path, base: str | None = None) -> LoR
     else:
         model.freeze()
     load_trained(model, weights, str(folder / "adapters.safetensors"))
-    whole = [n for n in weights if n.rpartition(".")[2] not in (*LEAVES, INPUTS)]
+    whole = [n for n in weights if n.rpartition(".")[2] not in SAVED]
     unfreeze(model, whole, str(folder))
     return spec
 
@@ -603,7 +604,7 @@ def load_trained(model: nn.Module, weights: dict[str, mx.array], origin: str) ->
     """
     there = dict(tree_flatten(model.parameters()))
     layers = low_rank_of(model)
-    adapted = {f"{path}.{k}" for path, layer in layers.items() for k in (*LEAVES, INPUTS) if k in layer}
+    adapted = {f"{path}.{k}" for path, layer in layers.items() for k in SAVED if k in layer}
     problems = [f"{n}: the model has no such parameter" for n in weights if n not in there]
     for n, w in weights.items():
         if n in there and w.shape != there[n].shape:

@@ -126,6 +126,7 @@ EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)  # each after its plain kind below
 LEAVES = ("lora_a", "lora_b", "m")
 INPUTS = "inputs"  # beside them, in layers whose weight is rounded: what `measure_inputs` finds; never trained
+SAVED = (*LEAVES, INPUTS)  # what an adapter folder has of a layer
 
 
 def dropouts(*modules: nn.Module) -> list[nn.Dropout]:

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlxft.device import Backend, backend, planned_backend
 from mlxft.errors import ModelError
 from mlxft.model.cpu import patched, quicker
-from mlxft.model.layers import INPUTS, LEAVES, LowRank, aside, probing, unrounded
+from mlxft.model.layers import SAVED, LowRank, aside, probing, unrounded
 from mlxft.model.logits import (
     Packing,
     Split,
@@ -754,7 +754,7 @@ def plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, i
     """
     model = job.model
     held = [(key, module[key].nbytes) for module, key in _arrays_of(model)]
-    adapters = sum(n for key, n in held if key in (*LEAVES, INPUTS))
+    adapters = sum(n for key, n in held if key in SAVED)
     gradients = job.gradients
     positions = rows if job.outline.reads == "scores" else max(1, math.ceil(job.trained_share * rows * width))
     prompt, completion = shared

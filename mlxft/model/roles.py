@@ -31,7 +31,7 @@ from mlxft.model.adapters import (
     spec_of,
 )
 from mlxft.model.heads import HEAD_FILE, ScoreHead, attach_head, head_of, load_head, trained_without_head
-from mlxft.model.layers import INPUTS, LEAVES, LowRank
+from mlxft.model.layers import LEAVES, SAVED, LowRank
 from mlxft.model.logits import Split
 
 
@@ -168,7 +168,7 @@ class Roles:
                 for path, layer in role.layers.items():
                     self._note_layer(path, layer.base)
             there = dict(tree_flatten(self.model.parameters()))
-            whole = [n for n in weights or () if n.rpartition(".")[2] not in (*LEAVES, INPUTS)]
+            whole = [n for n in weights or () if n.rpartition(".")[2] not in SAVED]
             if strange := [n for n in whole if n not in there]:
                 raise ModelError(f"role {name}: the model has no parameter {strange[0]} (of {len(strange)} such)")
             self._note_parameters(whole)

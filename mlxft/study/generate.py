@@ -27,7 +27,7 @@ from mlxft.distributed import Portion, check_same, current
 from mlxft.errors import ConfigError, DataError, nearest
 from mlxft.files import text_writer, write_result
 from mlxft.model.frozen import FrozenModels
-from mlxft.model.layers import INPUTS, LEAVES
+from mlxft.model.layers import SAVED
 from mlxft.model.load import Loaded, base_fingerprint, context_of
 from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, sample_shared, text_of
 from mlxft.objectives.episodes import EncodedPrompt, EnvironmentSettings, Episode, Episodes
@@ -53,7 +53,7 @@ def check_shared(loaded: Loaded, what: str, held: Any) -> None:
     template = getattr(loaded.tokenizer, "chat_template", None)
     model = hashlib.sha256(f"{base_fingerprint(loaded)} {template}".encode())
     for name, value in sorted(tree_flatten(loaded.model.parameters()), key=lambda item: item[0]):
-        if name.rpartition(".")[2] in (*LEAVES, INPUTS):  # the fingerprint is without adapters
+        if name.rpartition(".")[2] in SAVED:  # the fingerprint is without adapters
             model.update(np.array(value.astype(mx.float32)).tobytes())
     hashes = {"the model": model.hexdigest()[:16], what: hashlib.sha256(repr(held).encode()).hexdigest()[:16]}
     check_same(ranks, {"version of": versions(), "hash of": hashes})
