@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -272,14 +273,17 @@ def test_an_updates_peak_is_what_it_makes_anew_and_the_gradient_in_float32(dtype
     """What a plan of memory counts; the parameter is large enough for nothing else to matter."""
     model = Weights(np.ones((1024, 1024)), np.ones(3), dtype)
     optimizer = Optimizer(OptimSettings(), model)
-    for _ in range(2):
+    found = []
+    for _ in range(6):
         grads = {"matrix": mx.ones((1024, 1024), dtype), "vector": mx.ones((3,), dtype)}
         mx.eval(grads, optimizer.arrays(), model.parameters())
+        gc.collect()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         mx.eval(optimizer.step(model, grads, mx.array(1.0), 1e-3), model.parameters(), optimizer.arrays())
-        found = mx.get_peak_memory() - before
-    assert found == pytest.approx(optimizer.renewed(model)[0] + 4 * 1024 * 1024, rel=0.15)
+        found.append(mx.get_peak_memory() - before)
+    # A buffer that MLX's own thread frees only after `before` was read makes an update look smaller, never larger.
+    assert max(found) == pytest.approx(optimizer.renewed(model)[0] + 4 * 1024 * 1024, rel=0.15)
 
 
 # Muon.
