@@ -4,6 +4,9 @@
 BIN := .venv/bin
 ARGS :=
 
+# Where it is set, as in many containers, every command compiles its imports again: a second more each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo rlhf test test-gpu fuzz check docs dist clean
 
 help:

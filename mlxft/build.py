@@ -48,7 +48,7 @@ from mlxft.model.layers import (
     watch_routers,
     without_dropout,
 )
-from mlxft.model.load import Loaded, NotBeforeLoading, base_fingerprint, skeleton
+from mlxft.model.load import Loaded, NotBeforeLoading, base_fingerprint, file_bits, skeleton
 from mlxft.model.load import load as load_model
 from mlxft.model.logits import Split
 from mlxft.model.memory import (
@@ -111,6 +111,7 @@ def make_objective(config: Config, tokenizer: Any) -> Objective:
 
 
 TOO_HIGH, TOO_LOW = 20.0, 9.5  # times above or below the default; recipes of configs/ have up to 10 times it
+MANY = 500_000_000  # numbers of a .gguf file from which on its floats are noted
 
 
 def learning_notes(config: Config, objective: Objective, total: int) -> list[str]:
@@ -136,7 +137,7 @@ def learning_notes(config: Config, objective: Objective, total: int) -> list[str
             f"{total:,} {'step is' if total == 1 else 'steps are'} few to learn from: set {way}, smaller batches, or "
             "train on more rows"
         )
-    return notes + rate_notes(config)
+    return notes + rate_notes(config) + base_notes(config)
 
 
 def rate_notes(config: Config) -> list[str]:
@@ -148,6 +149,16 @@ def rate_notes(config: Config) -> list[str]:
     far = f"{lr / usual:.0f} times" if lr > usual else f"1/{usual / lr:.0f} of"
     way = f"set optim.lr={usual:g}, or measure one with mlxft lr-find"
     return [f"optim.lr {lr:g} is {far} the usual rate of {config.objective} by {kind}: {way}"]
+
+
+def base_notes(config: Config) -> list[str]:
+    """Return that a large .gguf file's short numbers would be held as floats, and the setting that keeps them short."""
+    bits, numbers = file_bits(config.model.path)
+    if config.model.quantize is not None or bits == 16 or numbers < MANY:
+        return []
+    size = amount(numbers * (bits + 0.5) / 8)
+    what = f"{config.model.path} has weights of about {bits} bits, which are held as floats"
+    return [f"{what}: set model.quantize={bits} for a base of about {size}"]
 
 
 def _times_usual(config: Config) -> float:

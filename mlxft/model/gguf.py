@@ -1383,23 +1383,32 @@ def _predicting(file: GgufFile, layers: int) -> set[str]:
     return {name for name, number in numbers.items() if beyond and number and int(number[1]) >= layers}
 
 
-def own_dtype(file: GgufFile) -> Any:
-    """Return the type in which a file's floats are loaded: bfloat16 if most of them are, else float16."""
+def _numbers(file: GgufFile, kind: Callable[[Entry], Any]) -> Counter[Any]:
+    """Count a file's numbers by a kind of its tensors."""
     sizes: Counter[Any] = Counter()
     for entry in file.tensors.values():
-        sizes[entry.dtype] += math.prod(entry.shape)
+        sizes[kind(entry)] += math.prod(entry.shape)
+    return sizes
+
+
+def own_dtype(file: GgufFile) -> Any:
+    """Return the type in which a file's floats are loaded: bfloat16 if most of them are, else float16."""
+    sizes = _numbers(file, lambda entry: entry.dtype)
     return mx.bfloat16 if sizes[mx.bfloat16] > sizes[mx.float16] else mx.float16
+
+
+def usual_bits(file: GgufFile) -> tuple[int, int]:
+    """Return in how many bits MLX holds most of a file's numbers (16: floats), and how many numbers it has."""
+    sizes = _numbers(file, lambda entry: _bits(entry.kind))
+    return sizes.most_common(1)[0][0], sizes.total()
 
 
 def _chooser(
     file: GgufFile, model: nn.Module, bits: int | None, group_size: int | None
 ) -> Callable[[str, Entry], WeightForm | None]:
     """Return which tensors are packed, and how; see `model_from_gguf`."""
-    sizes: Counter[int] = Counter()
-    for entry in file.tensors.values():
-        sizes[_bits(entry.kind)] += math.prod(entry.shape)
     modules, rule = dict(model.named_modules()), getattr(model, "quant_predicate", None)
-    as_it_is = bits is None or (sizes.most_common(1)[0][0] == bits and group_size in (None, _GROUP))
+    as_it_is = bits is None or (usual_bits(file)[0] == bits and group_size in (None, _GROUP))
 
     def form(path: str, entry: Entry) -> WeightForm | None:
         group = _GROUP if as_it_is else group_size or 64

@@ -496,6 +496,12 @@ def read_model_config(path: str) -> dict[str, Any]:
     return _Source(path, weights=False).config
 
 
+def file_bits(path: str) -> tuple[int, int]:
+    """Return the bits of most of a .gguf file's numbers (16: floats) and their count; (16, 0) of other models."""
+    file = _Source(path, weights=False)._file if path.endswith(".gguf") else None
+    return gguf.usual_bits(file) if file is not None else (16, 0)
+
+
 def skeleton(path: str, *, dtype: str = "auto", quantize: int | None = None, group_size: int | None = None) -> Loaded:
     """Build the model that `load` returns from its config.json: shapes and types are right, no weights are read.
 

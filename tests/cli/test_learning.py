@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from mlxft.build import rate_notes
+from mlxft import build
+from mlxft.build import base_notes, rate_notes
 from mlxft.config import load_config, parse_config
 from mlxft.demo import walk
+from mlxft.model.load import resolve
 from mlxft.text import VALUE, validation_figure
 
 Command = Callable[..., Any]
@@ -147,3 +149,17 @@ def test_an_on_policy_validation_is_called_what_it_is() -> None:
     event = {"event": "eval", "step": 4, "loss": -0.25, "reward": 0.5, "eos_share": 1.0}
     assert validation_figure(event) == validation_figure(event | {VALUE: 0.25}) == ("reward less KL cost", 0.25)
     assert validation_figure({"event": "eval", "loss": 0.5, "accuracy": 1.0}) == ("loss", 0.5)
+
+
+def test_short_numbers_held_as_floats_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large .gguf file; not where the recipe says how its numbers are held."""
+    file = str(resolve("smollm2-135m"))
+
+    def notes(**model: Any) -> list[str]:
+        return base_notes(parse_config({"model": {"path": file, **model}, "data": {"train": "rows.jsonl"}}))
+
+    assert notes() == []
+    monkeypatch.setattr(build, "MANY", 100_000_000)
+    (note,) = notes()
+    assert "has weights of about 4 bits, which are held as floats: set model.quantize=4 for a base of about" in note
+    assert notes(quantize=8) == []
