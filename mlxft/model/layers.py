@@ -183,7 +183,8 @@ class WeightForm:
         first rounding. So a base that has this form keeps its scales and biases. Its numbers lie on their grid, where
         the nearest one to a small update is none: each is rounded up or down with odds by its distance to both, by a
         noise that is always the same. So the mean of many is the update, and what has no update stays as it is. A group
-        that its update takes more than half a step out of its range gets a wider grid and the nearest numbers.
+        that its update takes more than half a step out of its range gets a wider grid and the nearest numbers. So do
+        the numbers of 4 bits with an exponent (mxfp4, nvfp4); in other modes all are the nearest ones.
 
         What is left of the error is an error of the layer's outputs, most of it along few directions of its inputs.
         Where these are known, the biases of the groups take it out (`_shifts`).
@@ -192,8 +193,12 @@ class WeightForm:
         if form_of(base) == self and self.mode == "affine":
             arrays = self._on_grid(adapted)
         else:
-            weight = adapted.adapted_weight().astype(dense_weight(base).dtype)
-            arrays = tuple(mx.quantize(weight, self.group_size, self.bits, mode=self.mode))
+            weight = adapted.adapted_weight()
+            arrays = tuple(
+                mx.quantize(weight.astype(dense_weight(base).dtype), self.group_size, self.bits, mode=self.mode)
+            )
+            if form_of(base) == self and self.bits == 4:
+                arrays = self._on_float_grid(weight, base, arrays)
         if self.mode != "affine" or INPUTS not in adapted:
             return arrays
         packed, scales, biases = arrays
@@ -221,6 +226,22 @@ class WeightForm:
         found = mx.clip(mx.floor(mx.where(wider, again, numbers + noise)), 0, most)
         packed = pack_codes(found.reshape(*base.scales.shape[:-1], -1), self.bits)
         return packed, new_scales.squeeze(-1), new_biases.squeeze(-1)
+
+    def _on_float_grid(self, weight: mx.array, base: nn.Module, nearest: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        """Return `rounded` on numbers of 4 bits with an exponent (e2m1): 0 to 2 by halves, then 3, 4 and 6."""
+        ones = mx.full(base.weight.shape, 0x22222222, dtype=mx.uint32)  # eight times the code of 1
+        units = mx.dequantize(ones, base.scales, None, self.group_size, 4, self.mode).astype(mx.float32)
+        numbers = weight.astype(mx.float32) / mx.where(units == 0, mx.inf, units)
+        size = mx.minimum(mx.abs(numbers), 6)
+        step = mx.where(size < 2, 0.5, mx.where(size < 4, 1, 2))
+        noise = mx.random.uniform(2.0**-16, 1 - 2.0**-16, numbers.shape, key=mx.random.key(0))
+        found = mx.minimum(mx.floor(size / step + noise) * step, 6)
+        codes = mx.where(found < 2, 2 * found, mx.where(found < 4, found + 2, found / 2 + 4))
+        packed = pack_codes(codes + 8 * ((numbers < 0) & (codes > 0)), 4)
+        wider = mx.abs(numbers).reshape(*base.scales.shape, -1).max(axis=-1) > 7
+        words = [each.reshape(*base.scales.shape, -1) for each in (nearest[0], packed)]
+        chosen = mx.where(wider[..., None], *words).reshape(packed.shape)
+        return chosen, mx.where(wider, nearest[1], base.scales)
 
 
 FLOAT = WeightForm(0)

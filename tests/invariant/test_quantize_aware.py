@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlxft.exports.fuse import fuse_layers, uniform
 from mlxft.model.adapters import LoRASpec, prepare_adapter, select_targets
@@ -98,6 +99,42 @@ def test_a_base_keeps_its_grid(bits: int, tiny_model_dir: Path) -> None:
     assert 0 < by_one.mean() < 0.12
     inside = 1 - 2.0**-bits  # what is at the end of its group's range cannot move out of it
     assert float(moved.mean() / step) == pytest.approx(0.1 * inside, rel=0.3)
+
+
+@pytest.mark.parametrize(("mode", "group"), [("mxfp4", 32), ("nvfp4", 16)])
+@pytest.mark.parametrize("experts", [False, True])
+def test_numbers_with_an_exponent_keep_their_grid(mode: str, group: int, experts: bool) -> None:
+    """Each is one of the two of its grid that are nearest, and the mean of many is the update; or its group is new."""
+    mx.random.seed(2)
+    layer = SwitchLinear(64, 256, 3, bias=False) if experts else nn.Linear(64, 768, bias=False)
+    layer = layer.to_quantized(group_size=group, bits=4, mode=mode)
+    low = wrap(layer, 4, 1.0, 0.0, False)
+    low.form = WeightForm(4, group, mode)
+    base = np.array(dense_weight(layer, exact=True)).reshape(-1, group)
+    assert np.array_equal(np.array(low.fused_weight()).reshape(-1, group), base)
+    assert mx.array_equal(low.form.rounded(low)[1], layer.scales)
+    low.lora_b = 0.002 * mx.random.normal(low.lora_b.shape)
+    wanted = np.array(low.adapted_weight(exact=True), np.float64).reshape(-1, group)
+    found = np.array(low.fused_weight(), np.float64).reshape(-1, group)
+    kept = np.array(low.form.rounded(low)[1] == layer.scales).reshape(-1)
+    assert kept.mean() > 0.9
+    ones = mx.full(layer.weight.shape, 0x22222222, dtype=mx.uint32)
+    unit = np.array(mx.dequantize(ones, layer.scales, None, group, 4, mode, dtype=mx.float32)).reshape(-1, group)
+    grid = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    size, got = np.abs(wanted / unit), np.abs(found / unit)
+    at = np.clip(np.searchsorted(grid, size, side="right") - 1, 0, 6)
+    near = np.minimum(np.abs(got - grid[at]), np.abs(got - grid[at + 1]))
+    assert near[kept].max() < 1e-5
+    moved, meant = found - base, wanted - base
+    inner = kept[:, None] & (np.abs(base) < 5.9 * unit)
+    assert (np.abs(moved[inner]) > 0).mean() < 0.1
+    assert (moved[inner] * meant[inner]).sum() == pytest.approx(np.square(meant[inner]).sum(), rel=0.2)
+    low.lora_b = 10_000 * low.lora_b  # most groups leave their range, and are rounded anew
+    nearest = mx.quantize(low.adapted_weight().astype(mx.bfloat16), group, 4, mode=mode)
+    out = np.array(mx.abs(low.adapted_weight())).reshape(-1, group).max(axis=-1) > 7.01 * unit[:, 0]
+    assert out.mean() > 0.5
+    for one, other in zip(low.form.rounded(low), nearest):
+        assert np.array_equal(*(np.array(each).reshape(len(out), -1)[out] for each in (one, other)))
 
 
 @pytest.mark.parametrize("options", [{"quantize": 4, "group_size": 32}, {}])
