@@ -274,10 +274,10 @@ def test_an_updates_peak_is_what_it_makes_anew_and_the_gradient_in_float32(dtype
     model = Weights(np.ones((1024, 1024)), np.ones(3), dtype)
     optimizer = Optimizer(OptimSettings(), model)
     found = []
+    gc.collect()
     for _ in range(6):
         grads = {"matrix": mx.ones((1024, 1024), dtype), "vector": mx.ones((3,), dtype)}
         mx.eval(grads, optimizer.arrays(), model.parameters())
-        gc.collect()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         mx.eval(optimizer.step(model, grads, mx.array(1.0), 1e-3), model.parameters(), optimizer.arrays())
