@@ -188,8 +188,8 @@ def assemble(
         shard_base(loaded.model, ranks.group)
         ranks.alike = True
     if spec is not None and spec.quantize_aware is not None:
-        measure_inputs(loaded.model, sample_texts(loaded.tokenizer))
-        found = {n: v for n, v in trained_weights(loaded.model).items() if n.rpartition(".")[2] == INPUTS}
+        measure_inputs(loaded.model, sample_texts(loaded.tokenizer), begin=True)
+        found = {n: v for n, v in trained_weights(loaded.model).items() if n.rpartition(".")[2] in (INPUTS, "lora_a")}
         loaded.model.load_weights(list(ranks.arrays_from_first(found).items()), strict=False)
     objective.prepare(loaded.model, base_fingerprint(loaded))
     check_head(config, loaded.model)

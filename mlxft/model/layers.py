@@ -661,7 +661,7 @@ class Recorder(nn.Module):
 # is, so that (P^T F)^T P^T F is diagonal, and nothing is inverted here.
 
 DIRECTIONS = 8
-_SKETCHED = 32  # random directions, from whose images F is found (Nystroem)
+_SKETCHED = 64  # random directions, or twice the rank, from whose images the strong ones are found (Nystroem)
 _LEAST_REST = 1e-7  # of the largest square, so that inputs of few dimensions divide by no zero
 
 
@@ -677,30 +677,41 @@ def _shifts(error: mx.array, directions: mx.array, group_size: int) -> mx.array:
 class _Sketch:
     """Adds up x^T x of inputs (..., in) times random directions, and the squares of x."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
+        self.count = count
         self.squares, self.random, self.images = mx.zeros(()), mx.zeros((1, 1)), mx.zeros((1, 1))
 
     def see(self, x: mx.array, *_: Any) -> None:
         rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
         if self.random.size == 1:
-            self.random = mx.random.normal((x.shape[-1], _SKETCHED), key=mx.random.key(0))
+            self.random = mx.random.normal((x.shape[-1], self.count), key=mx.random.key(0))
         self.squares = self.squares + rows.square().sum()
         self.images = self.images + rows.T @ (rows @ self.random)
         mx.eval(self.squares, self.images)
 
-    def directions(self, group_size: int) -> mx.array:
-        """Return F, (in, 8) float32."""
+    def found(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the strong directions (in, at most `count`), orthonormal, and the sum of squares of x along each."""
         images, drawn = (np.array(each).astype(np.float64) for each in (self.images, self.random))
         values, vectors = np.linalg.eigh((drawn.T @ images + images.T @ drawn) / 2)
         kept = values > 1e-7 * values[-1]
         found, squares, _ = np.linalg.svd(images @ (vectors[:, kept] / np.sqrt(values[kept])), full_matrices=False)
-        strength = np.square(squares[:DIRECTIONS])
-        total = float(self.squares)
-        rest = max((total - strength.sum()) / max(len(images) - DIRECTIONS, 1), _LEAST_REST * total)
-        strong = np.zeros((len(images), DIRECTIONS))
+        return found, np.square(squares)
+
+    def directions(self, group_size: int) -> mx.array:
+        """Return F, (in, 8) float32."""
+        found, squares = self.found()
+        strength, total = squares[:DIRECTIONS], float(self.squares)
+        rest = max((total - strength.sum()) / max(len(found) - DIRECTIONS, 1), _LEAST_REST * total)
+        strong = np.zeros((len(found), DIRECTIONS))
         strong[:, : len(strength)] = found[:, :DIRECTIONS] * np.sqrt(strength / rest)
         sums = strong.reshape(-1, group_size, DIRECTIONS).sum(axis=1)
         return mx.array((strong @ np.linalg.svd(sums.T @ sums)[0]).astype(np.float32))
+
+    def projected(self, factor: mx.array) -> mx.array:
+        """Project rows (..., in) on the strong directions, scaled so that their products with x stay as large."""
+        found, squares = self.found()
+        basis, share = mx.array(found.astype(np.float32)), squares.sum() / max(float(self.squares), 1e-30)
+        return (factor @ basis) @ basis.T / math.sqrt(share) if share else factor
 
 
 def bias_group(layer: LowRank) -> int | None:
@@ -709,16 +720,19 @@ def bias_group(layer: LowRank) -> int | None:
     return form.group_size if form is not None and form.mode == "affine" and "embedding" not in layer else None
 
 
-def measure_inputs(model: nn.Module, rows: Iterable[list[int]]) -> None:
+def measure_inputs(model: nn.Module, rows: Iterable[list[int]], begin: bool = False) -> None:
     """Note in a model's low-rank layers in which directions their inputs are strong, for `WeightForm.rounded`.
 
     Layers that know theirs keep them.
 
     Args:
         rows: ids of some texts.
+        begin: let A of an update that is still zero begin within the strong directions. A part of it along which inputs
+            are weak would add little to an update's effect, and as much as any other to the noise of its rounding.
     """
     layers = {path: m for path, m in low_rank_of(model).items() if bias_group(m)}
-    sketches = {path: _Sketch() for path, m in layers.items() if INPUTS not in m or not mx.any(m[INPUTS]).item()}
+    unknown = {path: m for path, m in layers.items() if INPUTS not in m or not mx.any(m[INPUTS]).item()}
+    sketches = {path: _Sketch(max(_SKETCHED, 2 * m.lora_a.shape[1])) for path, m in unknown.items()}
     if not sketches:
         return
     with probing(model), unpacked(model):
@@ -728,8 +742,13 @@ def measure_inputs(model: nn.Module, rows: Iterable[list[int]]) -> None:
                 mx.eval(model(mx.array(ids)[None]))
     for path, sketch in sketches.items():
         if sketch.random.size > 1:  # or the model never calls the layer
-            layers[path][INPUTS] = sketch.directions(cast(int, bias_group(layers[path])))
-            layers[path].freeze(recurse=False, keys=[INPUTS])
+            layer = layers[path]
+            layer[INPUTS] = sketch.directions(cast(int, bias_group(layer)))
+            layer.freeze(recurse=False, keys=[INPUTS])
+            if begin and not mx.any(layer.lora_b).item():
+                turned = isinstance(layer, LoRALinear)  # its A is (in, rank), that of experts (experts, rank, in)
+                factor = sketch.projected(layer.lora_a.T if turned else layer.lora_a)
+                layer.lora_a = factor.T if turned else factor
 
 
 # --- routers ----------------------------------------------------------------------------------------------------------

@@ -186,6 +186,47 @@ def test_strong_directions_are_found() -> None:
     assert loss() < before / 50
 
 
+class Fed(nn.Module):
+    """Feeds rows of x to a layer; experts take turns."""
+
+    def __init__(self, layer: nn.Module, x: mx.array) -> None:
+        super().__init__()
+        self.layer, self.x, self.dense = layer, x, isinstance(layer, LoRALinear)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        x = self.x[ids][0]
+        if self.dense:
+            return self.layer(x)
+        return self.layer(x[:, None, None], mx.arange(len(x))[:, None] % 3)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_new_update_begins_along_its_inputs(experts: bool) -> None:
+    """Of inputs of 20 directions: A has no other part, and A x is as large; what has learnt something stays."""
+    mx.random.seed(3)
+    layer = wrap(
+        SwitchLinear(256, 32, 3, bias=False) if experts else nn.Linear(256, 32, bias=False), 4, 1.0, 0.0, False
+    )
+    x = mx.random.normal((400, 20)) @ (mx.arange(1.0, 21)[:, None] * mx.random.normal((20, 256)))
+    rows, model = [list(range(400))], Fed(layer, x)
+
+    def factor() -> np.ndarray:
+        return np.array(layer.lora_a if experts else layer.lora_a.T).reshape(-1, 256)
+
+    drawn, inputs = factor(), np.array(x)
+    basis = np.linalg.svd(inputs, full_matrices=False)[2][:20]
+    measure_inputs(model, rows, begin=True)
+    begun = factor()
+    assert np.allclose(begun, drawn @ basis.T @ basis, atol=1e-4)
+    assert np.linalg.norm(begun) < 0.4 * np.linalg.norm(drawn)
+    assert np.allclose(begun @ inputs.T, drawn @ inputs.T, rtol=1e-2, atol=1e-2 * np.abs(drawn @ inputs.T).max())
+    layer.pop(INPUTS)
+    layer.lora_a, layer.lora_b = mx.ones(layer.lora_a.shape), mx.ones(layer.lora_b.shape)
+    measure_inputs(model, rows, begin=True)
+    assert INPUTS in layer
+    assert np.all(factor() == 1)
+
+
 @pytest.mark.parametrize("options", [{"quantize": 4, "group_size": 32}, {}])
 @pytest.mark.parametrize(("kind", "settings", "targets", "dora"), KINDS)
 def test_gradient_goes_straight_through(
