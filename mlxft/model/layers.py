@@ -732,7 +732,7 @@ def measure_inputs(model: nn.Module, rows: Iterable[list[int]], begin: bool = Fa
     """
     layers = {path: m for path, m in low_rank_of(model).items() if bias_group(m)}
     unknown = {path: m for path, m in layers.items() if INPUTS not in m or not mx.any(m[INPUTS]).item()}
-    sketches = {path: _Sketch(max(_SKETCHED, 2 * m.lora_a.shape[1])) for path, m in unknown.items()}
+    sketches = {path: _Sketch(max(_SKETCHED, 2 * m.lora_a.shape[1] if begin else 0)) for path, m in unknown.items()}
     if not sketches:
         return
     with probing(model), unpacked(model):
