@@ -498,7 +498,7 @@ def read_model_config(path: str) -> dict[str, Any]:
 
 def file_bits(path: str) -> tuple[int, int]:
     """Return the bits of most of a .gguf file's numbers (16: floats) and their count; (16, 0) of other models."""
-    file = _Source(path, weights=False)._file if path.endswith(".gguf") else None
+    file = _Source(path, weights=False)._file if path.endswith(".gguf") and Path(path).is_file() else None
     return gguf.usual_bits(file) if file is not None else (16, 0)
 
 
