@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import count
 from typing import Any, Literal, NamedTuple, cast
 
@@ -689,8 +689,9 @@ class _Sketch:
         self.images = self.images + rows.T @ (rows @ self.random)
         mx.eval(self.squares, self.images)
 
+    @cached_property
     def found(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the strong directions (in, at most `count`), orthonormal, and the sum of squares of x along each."""
+        """The strong directions (in, at most `count`), orthonormal, and the sum of squares of x along each."""
         images, drawn = (np.array(each).astype(np.float64) for each in (self.images, self.random))
         values, vectors = np.linalg.eigh((drawn.T @ images + images.T @ drawn) / 2)
         kept = values > 1e-7 * values[-1]
@@ -699,7 +700,7 @@ class _Sketch:
 
     def directions(self, group_size: int) -> mx.array:
         """Return F, (in, 8) float32."""
-        found, squares = self.found()
+        found, squares = self.found
         strength, total = squares[:DIRECTIONS], float(self.squares)
         rest = max((total - strength.sum()) / max(len(found) - DIRECTIONS, 1), _LEAST_REST * total)
         strong = np.zeros((len(found), DIRECTIONS))
@@ -709,7 +710,7 @@ class _Sketch:
 
     def projected(self, factor: mx.array) -> mx.array:
         """Project rows (..., in) on the strong directions, scaled so that their products with x stay as large."""
-        found, squares = self.found()
+        found, squares = self.found
         basis, share = mx.array(found.astype(np.float32)), squares.sum() / max(float(self.squares), 1e-30)
         return (factor @ basis) @ basis.T / math.sqrt(share) if share else factor
 
